@@ -1,0 +1,539 @@
+"""The encoder-decoder language model and its decoder-only rival, in one class.
+
+Notable about this model:
+- A decoder-only model is an encoder-decoder model with no encoder: n_enc=0 removes the encoder and the cross-attention.
+- The dialect of the Llama family: pre-norm RMSNorm, RoPE (half-rotation), grouped-query attention, SwiGLU, tied
+  embeddings, no biases. `Config` switches the few things that the paper's released model has instead.
+- RoPE rotates self-attention in both stacks; cross-attention has no positions. Past the trained length the base of RoPE
+  is stretched (NTK-aware), by a factor that each row of a request gets once, from its own length.
+- Inference state is explicit: a `Cache`, made once for a request, filled in place by `decode`.
+
+Names of sizes in the shape comments: B rows, S source tokens, T target tokens, C = n_embd, H heads, D = head_dim, V words.
+Paper: "Return of the Encoder: Maximizing Parameter Efficiency for SLMs", section 3.1.
+"""
+import json
+import os
+import zlib
+from dataclasses import asdict, dataclass, fields, replace
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+
+class ModelError(ValueError):
+    """What a user can do wrong with a model: a config that cannot be built, weights that do not fit. One line."""
+
+
+@dataclass
+class Config:
+    vocab_size: int = 4096
+    n_enc: int = 4             # encoder layers; 0 makes the model decoder-only
+    n_dec: int = 2             # decoder layers
+    n_embd: int = 192
+    n_head: int = 6            # n_head * head_dim need not be n_embd
+    n_kv_head: int = 2         # grouped-query attention: each key-value head serves n_head / n_kv_head query heads
+    head_dim: int = 32
+    n_hidden: int = 512        # width of the MLP
+    src_len: int = 1024        # trained length of the encoder (0 without one); RoPE is stretched past it
+    tgt_len: int = 256         # trained length of the decoder; decoder-only: of prompt and answer together
+    rope_theta: float = 10000.0
+    mlp: str = "swiglu"        # or "gelu": the tanh approximation, one projection in
+    qk_norm: bool = True       # RMSNorm on every query and key head
+    qkv_bias: bool = False     # biases of the query, key and value projections
+    bias: bool = False         # biases of all other linear layers
+    tied: bool = True          # the output layer is the embedding
+    norm_eps: float = 1e-6
+    pad_id: int = 0
+    bos_id: int = 1
+    eos_id: int = 2
+
+    def check(self):
+        """Raises ModelError naming the first field that cannot work."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type is float and type(value) is int:
+                value = float(value)
+            if type(value) is not field.type:
+                raise ModelError(f"config: {field.name}={value!r} should be of type {field.type.__name__}")
+        for name in ("vocab_size", "n_dec", "n_embd", "n_head", "n_kv_head", "head_dim", "n_hidden", "tgt_len"):
+            if getattr(self, name) < 1:
+                raise ModelError(f"config: {name}={getattr(self, name)} must be at least 1")
+        if self.n_enc < 0 or self.src_len < (1 if self.n_enc else 0):
+            raise ModelError(f"config: n_enc={self.n_enc} with src_len={self.src_len} cannot work")
+        if self.n_head % self.n_kv_head:
+            raise ModelError(f"config: n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}")
+        if self.head_dim % 2 or self.head_dim < 4:
+            raise ModelError(f"config: head_dim={self.head_dim} must be even and at least 4 (RoPE rotates pairs)")
+        if self.mlp not in ("swiglu", "gelu"):
+            raise ModelError(f"config: mlp={self.mlp!r} is neither swiglu nor gelu")
+        for name in ("pad_id", "bos_id", "eos_id"):
+            if not 0 <= getattr(self, name) < self.vocab_size:
+                raise ModelError(f"config: {name}={getattr(self, name)} is outside the vocabulary of {self.vocab_size}")
+        return self
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sizes. `n_hidden` is the decoder-only model's; make_config solves it for the others. 330m has the paper's layer counts.
+
+PRESETS = {
+    "nano": dict(vocab_size=4096, n_embd=192, n_head=3, n_kv_head=3, head_dim=64, n_hidden=448, n_dec=5,
+                 splits={"1/3": (2, 3), "1/2": (2, 2), "2/3": (3, 2)}),
+    "mini": dict(vocab_size=8192, n_embd=256, n_head=4, n_kv_head=4, head_dim=64, n_hidden=640, n_dec=8,
+                 splits={"1/3": (2, 5), "1/2": (4, 4), "2/3": (5, 2)}),
+    "small": dict(vocab_size=16384, n_embd=448, n_head=7, n_kv_head=7, head_dim=64, n_hidden=1216, n_dec=9,
+                  splits={"1/3": (3, 5), "1/2": (4, 4), "2/3": (5, 3)}),
+    "330m": dict(vocab_size=32768, n_embd=768, n_head=12, n_kv_head=4, head_dim=64, n_hidden=2072, n_dec=48,
+                 splits={"1/3": (12, 32), "1/2": (22, 22), "2/3": (32, 12)}),
+    "500m": dict(vocab_size=32768, n_embd=960, n_head=15, n_kv_head=5, head_dim=64, n_hidden=2536, n_dec=48,
+                 splits={"1/3": (12, 32), "1/2": (22, 22), "2/3": (32, 12)}),
+    "800m": dict(vocab_size=32768, n_embd=1280, n_head=20, n_kv_head=5, head_dim=64, n_hidden=3048, n_dec=48,
+                 splits={"1/3": (12, 32), "1/2": (22, 22), "2/3": (32, 12)}),
+    "1b": dict(vocab_size=32768, n_embd=1344, n_head=21, n_kv_head=7, head_dim=64, n_hidden=3744, n_dec=48,
+               splits={"1/3": (12, 32), "1/2": (22, 22), "2/3": (32, 12)}),
+}
+
+
+def make_config(preset, arch="encdec", split="2/3", n_enc=None, n_dec=None, src_len=1024, tgt_len=256, **changes):
+    """The Config of a preset. All members of a preset have one width and, within 1%, one parameter count: the width of
+    the MLP is solved so that any choice of layers costs what the decoder-only model costs (paper, section 3.1, equalises
+    with the number of layers; at one width its layer counts leave the splits about 10% apart). `arch` is encdec or
+    dec; `split` the encoder's share, or n_enc and n_dec count the layers; `changes` overwrite any field of Config."""
+    shape = {key: value for key, value in PRESETS[preset].items() if key != "splits"}
+    shape |= {key: value for key, value in changes.items() if key != "n_hidden"}
+    rival = Config(n_enc=0, src_len=0, **shape | dict(tgt_len=src_len + tgt_len)).check()
+    if arch == "dec":
+        layers = dict(n_enc=0, n_dec=n_dec or rival.n_dec, src_len=0, tgt_len=src_len + tgt_len)
+    else:
+        enc, dec = PRESETS[preset]["splits"][split]
+        layers = dict(n_enc=n_enc or enc, n_dec=n_dec or dec, src_len=src_len, tgt_len=tgt_len)
+    config = replace(rival, **layers)
+    if "n_hidden" in changes:
+        return replace(config, n_hidden=changes["n_hidden"]).check()
+    step = 8  # 16 bytes in bfloat16: what tensor cores ask for
+    one, two = (count_params(replace(config, n_hidden=step * n)) for n in (1, 2))
+    config.n_hidden = step * round(1 + (count_params(rival) - one) / (two - one))
+    if config.n_hidden < step:
+        raise ModelError(f"{preset} has no parameters left for an MLP with {config.n_enc}+{config.n_dec} layers: use fewer")
+    return config.check()
+
+
+def count_params(config):
+    """Number of parameters of Transformer(config), from the shapes alone."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in Transformer(config).parameters())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parts
+
+class RMSNorm(nn.Module):
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x):
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+def rope_tables(positions, head_dim, theta, stretch=None):
+    """cos and sin of RoPE's angles, (B or 1, 1, T, D/2), in float32. `positions` (B or 1, T). `stretch` (B,): each row's
+    length over the trained length, at least 1; NTK-aware scaling multiplies the base by stretch^(D / (D-2)), so that the
+    slowest frequency is interpolated by `stretch` and the fastest is left alone."""
+    power = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim  # (D/2,)
+    base = torch.full((1, 1), theta, device=positions.device)
+    if stretch is not None:
+        base = theta * stretch[:, None].float() ** (head_dim / (head_dim - 2))  # (B, 1)
+    angle = positions[:, :, None].float() * (base ** -power)[:, None, :]  # (B, T, D/2)
+    return angle.cos()[:, None], angle.sin()[:, None]
+
+
+def rotate(x, rope):
+    """Rotates the pairs (x[i], x[i + D/2]) of x (B, H, T, D)."""
+    cos, sin = (table.to(x.dtype) for table in rope)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention. Self-attention passes its own input as the keys' source; cross-attention the encoder's."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.n_head, self.n_kv_head, self.head_dim = cfg.n_head, cfg.n_kv_head, cfg.head_dim
+        self.wq = nn.Linear(cfg.n_embd, cfg.n_head * cfg.head_dim, bias=cfg.qkv_bias)
+        self.wk = nn.Linear(cfg.n_embd, cfg.n_kv_head * cfg.head_dim, bias=cfg.qkv_bias)
+        self.wv = nn.Linear(cfg.n_embd, cfg.n_kv_head * cfg.head_dim, bias=cfg.qkv_bias)
+        self.wo = nn.Linear(cfg.n_head * cfg.head_dim, cfg.n_embd, bias=cfg.bias)
+        self.q_norm = RMSNorm(cfg.head_dim, cfg.norm_eps) if cfg.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(cfg.head_dim, cfg.norm_eps) if cfg.qk_norm else nn.Identity()
+
+    def keys_values(self, x, rope=None):
+        """x (B, S, C) -> keys and values, (B, H_kv, S, D) each."""
+        k = self.k_norm(self.wk(x).unflatten(-1, (self.n_kv_head, self.head_dim))).transpose(1, 2)
+        v = self.wv(x).unflatten(-1, (self.n_kv_head, self.head_dim)).transpose(1, 2)
+        return (k if rope is None else rotate(k, rope)), v
+
+    def forward(self, x, keys, values, mask=None, causal=False, rope=None):
+        """x (B, T, C) looks at keys and values (B, H_kv, S, D); mask (B, 1, 1 or T, S) is True where it may."""
+        q = self.q_norm(self.wq(x).unflatten(-1, (self.n_head, self.head_dim))).transpose(1, 2)  # (B, H, T, D)
+        q = q if rope is None else rotate(q, rope)
+        y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, is_causal=causal,
+                                           enable_gqa=self.n_head != self.n_kv_head)
+        return self.wo(y.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.gate = nn.Linear(cfg.n_embd, cfg.n_hidden, bias=cfg.bias) if cfg.mlp == "swiglu" else None
+        self.up = nn.Linear(cfg.n_embd, cfg.n_hidden, bias=cfg.bias)
+        self.down = nn.Linear(cfg.n_hidden, cfg.n_embd, bias=cfg.bias)
+
+    def forward(self, x):
+        if self.gate is None:
+            return self.down(F.gelu(self.up(x), approximate="tanh"))
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nn.Module):
+    """One layer: self-attention, cross-attention (in the decoder of an encoder-decoder), MLP; each after an RMSNorm."""
+
+    def __init__(self, cfg, cross):
+        super().__init__()
+        self.attn_norm = RMSNorm(cfg.n_embd, cfg.norm_eps)
+        self.attn = Attention(cfg)
+        self.cross_norm = RMSNorm(cfg.n_embd, cfg.norm_eps) if cross else None
+        self.cross = Attention(cfg) if cross else None
+        self.mlp_norm = RMSNorm(cfg.n_embd, cfg.norm_eps)
+        self.mlp = MLP(cfg)
+
+    def forward(self, x, rope, mask=None, causal=False, store=None, memory=None, memory_mask=None):
+        """x (B, T, C). `store(k, v)` puts the new self-attention keys and values into a cache and returns all of them
+        so far. `memory`: cross-attention keys and values of the source."""
+        h = self.attn_norm(x)
+        k, v = self.attn.keys_values(h, rope)
+        if store is not None:
+            k, v = store(k, v)
+        x = x + self.attn(h, k, v, mask, causal, rope)
+        if self.cross is not None:
+            x = x + self.cross(self.cross_norm(x), *memory, mask=memory_mask)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Cache:
+    """The state of one generation request: what a decoder step needs to know of everything before it.
+
+    Rows share their slots: the newest token of every row lies in slot `length - 1`. Shorter prompts are padded on the
+    left, `pad` (B,) slots each, which nothing attends to; a row's position is its slot minus its padding. RoPE's
+    stretch is fixed here from the length the row may reach, because a factor that moved while decoding would turn the
+    keys already stored into keys of another rotation."""
+
+    def __init__(self, model, rows, slots, encoded=None, src_mask=None, pad=None):
+        cfg, like = model.config, model.embed.weight
+        self.length, self.slots = 0, slots
+        self.pad = pad if pad is not None and bool(pad.any()) else None  # (B,)
+        reach = slots - (pad if self.pad is not None else torch.zeros(rows, dtype=torch.long, device=like.device))
+        self.stretch = stretch_of(reach, slots, cfg.tgt_len)
+        shape = (cfg.n_dec, rows, cfg.n_kv_head, slots, cfg.head_dim)
+        self.keys = torch.zeros(shape, dtype=like.dtype, device=like.device)
+        self.values = torch.zeros(shape, dtype=like.dtype, device=like.device)
+        self.memory = [None] * cfg.n_dec  # per layer: cross keys and values (B, H_kv, S, D), computed here once
+        if encoded is not None:
+            self.memory = [block.cross.keys_values(encoded) for block in model.dec]
+        self.memory_mask = source_mask(src_mask)
+
+    def store(self, layer, k, v):
+        """Writes the new keys and values in place behind the stored ones; returns views of all."""
+        end = self.length + k.size(2)
+        self.keys[layer, :, :, self.length:end] = k
+        self.values[layer, :, :, self.length:end] = v
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def mask(self, T):
+        """(B or 1, 1, T, length + T): causal over the slots, blind to padding. A padding slot still sees itself: a query
+        that sees nothing is 0/0 in softmax, and one NaN in a value spoils every row that gives it weight zero."""
+        if self.pad is None and T == 1:
+            return None
+        query = torch.arange(self.length, self.length + T, device=self.keys.device)[:, None]  # (T, 1)
+        key = torch.arange(self.length + T, device=self.keys.device)[None, :]  # (1, length + T)
+        if self.pad is None:
+            return (key <= query)[None, None]
+        real = key >= self.pad[:, None, None]  # (B, 1, length + T)
+        return ((key <= query) & (real | (key == query)))[:, None]
+
+    def select(self, rows):
+        """Keeps, repeats or reorders rows in place; `rows` (B',) of indices. Beam search moves its beams with it."""
+        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+        self.pad = None if self.pad is None else self.pad[rows]
+        self.stretch = None if self.stretch is None else self.stretch[rows]
+        self.memory = [kv and (kv[0][rows], kv[1][rows]) for kv in self.memory]
+        self.memory_mask = None if self.memory_mask is None else self.memory_mask[rows]
+
+
+def stretch_of(lengths, longest, trained):
+    """RoPE's stretch for rows of `lengths` (B,): None if even the longest row, an int, is within the trained length."""
+    return None if longest <= trained else (lengths.float() / trained).clamp(min=1)
+
+
+def source_mask(src_mask):
+    """(B, S) -> (B, 1, 1, S). A source with no token at all lets its first padding be seen, so that softmax is finite."""
+    if src_mask is None:
+        return None
+    first = torch.arange(src_mask.size(1), device=src_mask.device) == 0
+    return (src_mask | (first & ~src_mask.any(1, keepdim=True)))[:, None, None]
+
+
+def shift_right(tgt, bos_id):
+    """Decoder inputs of the targets (B, T): begin-of-sequence, then every target but the last."""
+    return torch.cat((torch.full_like(tgt[:, :1], bos_id), tgt[:, :-1]), dim=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model
+
+class Transformer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = cfg = config.check()
+        self.embed = nn.Embedding(cfg.vocab_size, cfg.n_embd)
+        self.enc = nn.ModuleList(Block(cfg, cross=False) for _ in range(cfg.n_enc))
+        self.enc_norm = RMSNorm(cfg.n_embd, cfg.norm_eps) if cfg.n_enc else None
+        self.dec = nn.ModuleList(Block(cfg, cross=cfg.n_enc > 0) for _ in range(cfg.n_dec))
+        self.dec_norm = RMSNorm(cfg.n_embd, cfg.norm_eps)
+        self.head = None if cfg.tied else nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """Every block starts as the identity (its output projections are zero), so the first loss is near ln(V). With
+        tied embeddings a token then predicts itself with a logit of C * std, which the cap on std keeps small."""
+        for name, p in self.named_parameters():
+            if name.endswith("bias") or name.endswith(("wo.weight", "down.weight")):
+                p.zero_()
+            elif name.startswith(("embed", "head")):
+                p.normal_(std=min(0.02, 4 / self.config.n_embd))
+            elif p.ndim == 2:
+                p.normal_(std=p.size(1) ** -0.5)
+
+    def encode(self, src, src_mask=None):
+        """src (B, S) of ids, padded on the right; src_mask (B, S), True at real tokens -> states (B, S, C)."""
+        cfg = self.config
+        lengths = None if src_mask is None else src_mask.sum(1)
+        if lengths is None:
+            lengths = torch.full((len(src),), src.size(1), device=src.device)
+        positions = torch.arange(src.size(1), device=src.device)[None]
+        rope = rope_tables(positions, cfg.head_dim, cfg.rope_theta, stretch_of(lengths, src.size(1), cfg.src_len))
+        mask, x = source_mask(src_mask), self.embed(src)
+        for block in self.enc:
+            x = block(x, rope, mask)
+        return self.enc_norm(x)
+
+    def decode(self, tokens, encoded=None, src_mask=None, cache=None):
+        """States (B, T, C) of the decoder after `tokens` (B, T), which are inputs, already shifted; `logits` reads them.
+
+        Without a cache, `tokens` are the whole sequence, and `encoded` (B, S, C) the encoder's states. With one, they
+        follow what the cache holds (any number of tokens at a time), and the source is already inside."""
+        cfg, T = self.config, tokens.size(1)
+        positions = torch.arange(T, device=tokens.device)[None]
+        if cache is None:
+            lengths = torch.full((len(tokens),), T, device=tokens.device)
+            stretch, mask, causal = stretch_of(lengths, T, cfg.tgt_len), None, True
+            memory_mask = source_mask(src_mask)
+        else:
+            if cache.length + T > cache.slots:
+                raise ModelError(f"the cache was made for {cache.slots} tokens and holds {cache.length}: no room for {T}")
+            positions = positions + cache.length
+            if cache.pad is not None:
+                positions = (positions - cache.pad[:, None]).clamp(min=0)
+            causal = cache.length == 0 and cache.pad is None and T > 1
+            stretch, mask, memory_mask = cache.stretch, None if causal else cache.mask(T), cache.memory_mask
+        rope = rope_tables(positions, cfg.head_dim, cfg.rope_theta, stretch)
+        x = self.embed(tokens)
+        for i, block in enumerate(self.dec):
+            if cache is None:
+                memory, store = block.cross and block.cross.keys_values(encoded), None
+            else:
+                memory, store = cache.memory[i], lambda k, v, i=i: cache.store(i, k, v)
+            x = block(x, rope, mask, causal, store, memory, memory_mask)
+        if cache is not None:
+            cache.length += T
+        return self.dec_norm(x)
+
+    def logits(self, states):
+        """(..., C) -> (..., V)"""
+        return F.linear(states, self.embed.weight if self.head is None else self.head.weight)
+
+    def forward(self, src, src_mask, tgt, loss_mask, reduction="mean"):
+        """Logits (B, T, V) and the loss in nats over the targets where loss_mask (B, T) is True: their mean, or their
+        "sum". The loss of a batch without any is 0. src and src_mask (B, S) are None for a decoder-only model, whose
+        tgt holds prompt and answer. src_mask may also be None where nothing is padded."""
+        encoded = self.encode(src, src_mask) if self.config.n_enc else None
+        states = self.decode(shift_right(tgt, self.config.bos_id), encoded, src_mask)
+        logits = self.logits(states)
+        labels = tgt.masked_fill(~loss_mask, -100)
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum")
+        return logits, loss / loss_mask.sum().clamp(min=1) if reduction == "mean" else loss
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Generation
+
+    @torch.inference_mode()
+    def generate(self, prompts, max_new_tokens, temperature=0.0, top_k=0, top_p=1.0, seed=0, prefix=None):
+        """Continues B prompts at once, streaming: yields, per step, a list of B new ids, None for rows that have ended
+        (their end-of-sequence itself is not shown).
+
+        prompts: lists of ids; the encoder's sources, or, decoder-only, the beginning of the text. prefix: lists of ids
+        that the decoder's output starts with. temperature 0 is greedy; top_k 0 and top_p 1 keep every token. Row b
+        draws from its own generator, seeded with seed + b. A row gives what it gives alone, whatever the others are."""
+        request, states = self.prefill(prompts, max_new_tokens, prefix)
+        rngs = [torch.Generator(states.device).manual_seed(seed + b) for b in range(len(prompts))]
+        ended = torch.zeros(len(prompts), dtype=torch.bool)
+        for step in range(max_new_tokens):
+            if step:
+                states = self.decode(token[:, None], cache=request)
+            token = pick(self.logits(states[:, -1]), temperature, top_k, top_p, rngs)  # (B,)
+            ended |= token.cpu() == self.config.eos_id
+            if ended.all():
+                return
+            yield [None if end else id for id, end in zip(token.tolist(), ended.tolist())]
+
+    @torch.inference_mode()
+    def prefill(self, prompts, max_new_tokens, prefix=None):
+        """Reads the prompts -> a Cache with room for max_new_tokens more, and the decoder's states after the last one."""
+        if max_new_tokens < 1 or not prompts:
+            raise ModelError(f"cannot generate {max_new_tokens} tokens for {len(prompts)} prompts: both must be positive")
+        heads = prefix or [[]] * len(prompts)
+        if not self.config.n_enc:
+            heads = [list(p) + list(h) for p, h in zip(prompts, heads)]
+        widest = max(len(ids) for ids in (*prompts, *heads))
+        if bad := [id for ids in (*prompts, *heads) for id in ids if not 0 <= id < self.config.vocab_size]:
+            raise ModelError(f"token id {bad[0]} is outside the model's vocabulary of {self.config.vocab_size}")
+        device, cfg = self.embed.weight.device, self.config
+        encoded = src_mask = None
+        if cfg.n_enc:
+            width = max(1, max(map(len, prompts)))
+            src = torch.tensor([list(p) + [cfg.pad_id] * (width - len(p)) for p in prompts], device=device)
+            lengths = torch.tensor([len(p) for p in prompts], device=device)
+            if lengths.min() < width:
+                src_mask = torch.arange(width, device=device)[None] < lengths[:, None]
+            encoded = self.encode(src, src_mask)
+        width = 1 + max(map(len, heads))
+        rows = [[cfg.pad_id] * (width - 1 - len(h)) + [cfg.bos_id] + list(h) for h in heads]
+        pad = torch.tensor([width - 1 - len(h) for h in heads], device=device)
+        cache = Cache(self, len(prompts), width + max_new_tokens - 1, encoded, src_mask, pad)
+        return cache, self.decode(torch.tensor(rows, device=device), cache=cache)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # What it costs
+
+    def num_params(self):
+        return sum(p.numel() for p in self.parameters())
+
+    def flops(self, src_len, tgt_len):
+        """FLOPs of one forward pass over one row, a multiply-add counted as two; training costs three times that.
+        Causal attention is counted in full, as most papers do."""
+        cfg = self.config
+        heads, attn, cross, mlp = 4 * cfg.n_head * cfg.head_dim, 0, 0, 0
+        for name, p in self.dec[0].named_parameters():
+            if p.ndim == 2:
+                attn += 2 * p.numel() * name.startswith("attn")
+                mlp += 2 * p.numel() * name.startswith("mlp")
+        kv = 2 * 2 * cfg.n_embd * cfg.n_kv_head * cfg.head_dim  # a source token's share of a cross-attention
+        enc = cfg.n_enc * src_len * (attn + mlp + heads * src_len)
+        dec = cfg.n_dec * tgt_len * (attn + mlp + heads * tgt_len)
+        if cfg.n_enc:
+            cross = cfg.n_dec * (src_len * kv + tgt_len * (attn - kv + heads * src_len))
+        return enc + dec + cross + 2 * tgt_len * cfg.n_embd * cfg.vocab_size
+
+    def compiled_parts(self):
+        """What is worth compiling by itself: layers of one kind share their code, so that 48 layers compile as fast as 1."""
+        return [*self.enc, *self.dec]
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Files
+
+    def save(self, folder, weights="model.safetensors", **metadata):
+        """Writes config.json and the weights (named as in the module, tied embeddings once) into a folder. The header
+        of the weights carries a checksum and `metadata` (strings)."""
+        os.makedirs(folder, exist_ok=True)
+        with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as f:
+            json.dump(asdict(self.config), f, indent=1)
+        tensors = {name: p.detach().cpu().contiguous() for name, p in self.state_dict().items()}
+        save_file(tensors, os.path.join(folder, weights), metadata={"crc32": checksum(tensors), **metadata})
+
+    @classmethod
+    def load(cls, folder, weights="model.safetensors", device="cpu", dtype=None):
+        """The model of a folder that `save` wrote. Raises ModelError naming what is missing, altered or does not fit."""
+        config, path = read_config(folder), os.path.join(folder, weights)
+        if not os.path.isfile(path):
+            raise ModelError(f"{path} is missing: is {folder} a finished run folder?")
+        with torch.device("meta"):
+            model = cls(config)
+        wanted = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+        try:
+            with safe_open(path, framework="pt") as f:
+                metadata = f.metadata() or {}
+                found = {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}
+                for name in sorted(wanted.keys() | found.keys()):
+                    if wanted.get(name) != found.get(name):
+                        raise ModelError(f"{path}: tensor {name} is {found.get(name, 'absent')} in the file, "
+                                         f"{wanted.get(name, 'absent')} by config.json")
+                tensors = {name: f.get_tensor(name) for name in wanted}
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{path} cannot be read, it is truncated or no safetensors file ({error})") from None
+        if metadata.get("crc32", "") not in ("", checksum(tensors)):
+            raise ModelError(f"{path} was altered after it was written: its checksum does not match")
+        tensors = {name: t.to(device=device, dtype=dtype) for name, t in tensors.items()}
+        model.load_state_dict(tensors, assign=True)
+        return model
+
+
+def read_metadata(path):
+    """The strings in the header of a weight file; empty if there is no such file or it cannot be read."""
+    try:
+        with safe_open(path, framework="pt") as f:
+            return f.metadata() or {}
+    except (SafetensorError, OSError):
+        return {}
+
+
+def read_config(folder):
+    """The Config in a run folder; ModelError if there is none or it cannot be used."""
+    path = os.path.join(folder, "config.json")
+    try:
+        with open(path, encoding="utf-8") as f:
+            values = json.load(f)
+        return Config(**values).check()
+    except FileNotFoundError:
+        raise ModelError(f"{path} is missing: is {folder} a run folder?") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, OSError) as error:
+        raise ModelError(f"{path} is not a config of this project ({error})") from None
+
+
+def checksum(tensors):
+    """CRC-32 of the bytes of all tensors in order of their names: catches what safetensors does not, a changed weight."""
+    crc = 0
+    for name in sorted(tensors):
+        crc = zlib.crc32(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy(), crc)
+    return f"{crc:08x}"
+
+
+def pick(logits, temperature, top_k, top_p, rngs):
+    """One token a row from logits (B, V): argmax at temperature 0, else a draw from the top_k most likely and, of those,
+    the fewest that hold a probability of top_p together. Row b draws with rngs[b]."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float() / temperature
+    if top_k:
+        least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    if top_p < 1:
+        ordered, order = logits.softmax(-1).sort(descending=True)
+        drop = ordered.cumsum(-1) - ordered >= top_p  # what stands before it already holds top_p
+        logits = logits.masked_fill(drop.scatter(1, order, drop), -torch.inf)
+    probs = logits.softmax(-1)
+    return torch.cat([probs[b].multinomial(1, generator=rng) for b, rng in enumerate(rngs)])

@@ -1,0 +1,709 @@
+"""Trains a language model: encoder-decoder or decoder-only, on a laptop or, with torchrun, on many GPUs.
+
+    python train.py --arch=encdec                      five minutes on two cores, on the Python source of this machine
+    python train.py --arch=dec                         its decoder-only rival: same size, same budget
+    python train.py --data=my.txt --preset=mini        your own text: a file, a folder, or a Hub data set
+    python train.py --init_from=resume --out=out/NAME  goes on where a run stopped
+    torchrun --nproc_per_node=8 train.py --preset=330m --data=HuggingFaceFW/fineweb-edu
+
+The file reads top to bottom: settings, Muon, the files of a run, the one loop (`run`), pretraining.
+"""
+import contextlib
+import functools
+import glob
+import json
+import math
+import os
+import platform
+import shutil
+import signal
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
+
+from data.cli import UserError, given, parse, script, setting
+from data.corpus import prepare
+from data.objectives import Objective, fill_spans, uniforms
+from data.tokenizer import load_tokenizer
+from model import PRESETS, ModelError, Transformer, make_config, read_config, read_metadata
+
+
+@dataclass
+class Settings:
+    arch: str = setting("encdec", "encoder-decoder, or decoder-only", ("encdec", "dec"))
+    preset: str = setting("nano", "size, and the defaults that were tuned for it", tuple(PRESETS))
+    split: str = setting("2/3", "the encoder's share of the layers", ("1/3", "1/2", "2/3"))
+    n_enc: int = setting(None, "encoder layers, instead of --split", type=int)
+    n_dec: int = setting(None, "decoder layers, instead of --split", type=int)
+    n_embd: int = setting(None, "width, instead of the preset's", type=int)
+    n_head: int = setting(None, "query heads, instead of the preset's", type=int)
+    n_kv_head: int = setting(None, "key-value heads, instead of the preset's", type=int)
+    head_dim: int = setting(None, "width of a head, instead of the preset's", type=int)
+    n_hidden: int = setting(None, "width of the MLP; by default solved so that all of a preset have one size", type=int)
+    objective: str = setting(None, "what is learnt; default: span for encdec, causal for dec",
+                             ("span", "prefix", "causal", "ul2"))
+    data: str = setting("pycode", "pycode, pycode-full, a path (.txt, .jsonl, .csv, .parquet, a folder) or a Hub id", type=str)
+    text_col: str = setting("text", "column of the text in .jsonl, .csv, .parquet and Hub data")
+    tokenizer: str = setting("bpe", "bpe (trained on the data), gpt2, bytes, or the file or run folder of one")
+    vocab_size: int = setting(None, "size of the trained vocabulary, special ids included; default: the preset's", type=int)
+    src_len: int = setting(None, "source tokens a row; decoder-only rows hold src_len + tgt_len; default: the preset's", type=int)
+    tgt_len: int = setting(None, "target tokens a row; default: the preset's", type=int)
+    init_from: str = setting("scratch", "scratch, resume (the run in --out), or a run folder to start from its weights")
+    out: str = setting(None, "run folder; default: a new one in out/", type=str)
+    max_iters: int = setting(None, "optimizer steps; default: as many as fit into --max_minutes", type=int)
+    max_minutes: float = setting(None, "training time; the first steps are timed, then the number of steps is fixed. Compiling "
+                                 "and evaluating come on top. Default: the preset's", type=float)
+    batch_size: int = setting(None, "rows a forward pass on each device; default: the preset's", type=int)
+    grad_accum: int = setting(1, "forward passes a step on each device")
+    optimizer: str = setting("muon", "muon (matrices; the rest goes to AdamW), or adamw for everything", ("muon", "adamw"))
+    lr: float = setting(None, "peak learning rate of the matrices. Muon's is scaled by match_rms_adamw, 0.2 sqrt(max(rows, columns)), "
+                        "so that it is an AdamW-like one; in the `original` convention the same step has a rate 2 to 6 "
+                        "times larger. Default: the preset's", type=float)
+    embed_lr: float = setting(None, "peak learning rate of embeddings, gains and biases (AdamW); default: the preset's", type=float)
+    weight_decay: float = setting(0.1, "of the matrices, decoupled, times the learning rate")
+    warmup_iters: int = setting(None, "steps of linear warm-up; default: the preset's", type=int)
+    schedule: str = setting(None, "after the warm-up: cosine to zero, or linear to zero; default: the preset's",
+                            ("cosine", "linear"))
+    grad_clip: float = setting(1.0, "largest norm of the gradient; 0 is off")
+    eval_interval: int = setting(None, "steps between evaluations, each with a checkpoint; default: an eighth of the run", type=int)
+    eval_rows: int = setting(256, "held-out rows an evaluation; 0 is all of the held-out text, each token once")
+    seed: int = setting(1337, "of weights and rows")
+    device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
+    dtype: str = setting("auto", "of the matrix products (weights stay float32)", ("auto", "float32", "bfloat16"))
+    compile: str = setting("auto", "torch.compile of each kind of layer; auto: on CUDA, and on a CPU with a C++ compiler for runs of minutes", ("auto", "true", "false"))
+    threads: int = setting(0, "CPU threads; 0 is torch's own choice")
+
+
+DEFAULTS = {
+    "nano": dict(src_len=256, tgt_len=64, batch_size=32, lr=1e-2, embed_lr=4e-3, warmup_iters=50, schedule="linear", max_minutes=5),
+    "mini": dict(src_len=256, tgt_len=64, batch_size=32, lr=8e-3, embed_lr=4e-3, warmup_iters=50, schedule="linear", max_minutes=20),
+    "small": dict(src_len=512, tgt_len=128, batch_size=64, lr=5e-3, embed_lr=3e-3, warmup_iters=100, schedule="linear", max_minutes=10),
+} | {size: dict(src_len=1024, tgt_len=256, batch_size=32, lr=3e-4, embed_lr=3e-4, warmup_iters=2000, schedule="cosine", max_minutes=600)
+     for size in ("330m", "500m", "800m", "1b")}  # the paper's, section 3.3
+TIMED = range(1, 9)  # the steps that --max_minutes measures; all within the warm-up, which does not know the end yet
+
+
+def resolve(cfg):
+    """Fills in what is left to the preset, and refuses what cannot work."""
+    for name, value in DEFAULTS[cfg.preset].items():
+        if getattr(cfg, name) is None and not (name == "max_minutes" and cfg.max_iters):
+            setattr(cfg, name, value)
+    cfg.objective = cfg.objective or ("span" if cfg.arch == "encdec" else "causal")
+    cfg.vocab_size = cfg.vocab_size or PRESETS[cfg.preset]["vocab_size"]
+    for name in ("batch_size", "grad_accum", "tgt_len", "max_iters", "max_minutes", "warmup_iters", "eval_interval"):
+        if getattr(cfg, name) is not None and getattr(cfg, name) <= 0:
+            raise UserError(f"--{name}={getattr(cfg, name)} must be positive")
+    for name in ("src_len", "lr", "embed_lr", "weight_decay", "grad_clip", "eval_rows", "threads"):
+        if not getattr(cfg, name) >= 0:
+            raise UserError(f"--{name}={getattr(cfg, name)} must not be negative")
+    if cfg.arch == "dec" and cfg.n_enc:
+        raise UserError(f"--n_enc={cfg.n_enc} is for --arch=encdec: a decoder-only model has no encoder")
+    return cfg
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Muon
+
+@torch.no_grad()
+def orthogonalize(G, dtype):
+    """The nearest semi-orthogonal matrix to each of G (K, m, n), m <= n, roughly: five steps of a Newton-Schulz iteration
+    whose quintic brings every singular value to about 0.7 .. 1.2 (Jordan et al., 2024). A zero matrix stays zero."""
+    X = G.to(dtype)
+    X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        A = X @ X.mT
+        X = 3.4445 * X + torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315) @ X
+    return X.to(G.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalized by Newton-Schulz, for the matrices of hidden layers (Jordan et al., 2024; the paper's
+    optimizer, section 3.3). Not for embeddings, gains and biases. Query, key and value projections are separate
+    matrices in this model, so each is orthogonalized by itself.
+
+    Matrices of equal shape, a transposed one included, are stacked and iterated on at once. The learning rate follows
+    `match_rms_adamw` (Liu et al., 2025): times 0.2 sqrt(max(rows, columns)), which gives the update the size of AdamW's."""
+
+    def __init__(self, params, lr, momentum=0.95, weight_decay=0.1, dtype=torch.float32):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            stacks = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    stacks.setdefault((min(p.shape), max(p.shape)), []).append(p)
+            for shape, params in stacks.items():
+                self.update(params, shape, group)
+
+    def update(self, params, shape, group):
+        lr, momentum = group["lr"], group["momentum"]
+        grads = [p.grad for p in params]
+        for p in params:
+            if not self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+        buffers = [self.state[p]["momentum"] for p in params]
+        torch._foreach_lerp_(buffers, grads, 1 - momentum)
+        nesterov = torch._foreach_lerp(grads, buffers, momentum)
+        wide = [u if u.size(0) <= u.size(1) else u.mT for u in nesterov]
+        updates = orthogonalize(torch.stack(wide), self.dtype).unbind()
+        updates = [u if p.size(0) <= p.size(1) else u.mT for u, p in zip(updates, params)]
+        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+        torch._foreach_add_(params, updates, alpha=-lr * 0.2 * shape[1] ** 0.5)
+
+
+def make_optimizers(model, cfg, log):
+    """Routes every parameter by its name: the matrices inside the blocks to Muon, all else to AdamW; prints the table."""
+    matrices, embeddings, vectors = [], [], []
+    for name, p in model.named_parameters():
+        kind = vectors if p.ndim < 2 else embeddings if name.startswith(("embed", "head")) else matrices
+        kind.append((name, p))
+    device = next(model.parameters()).device
+    groups = [dict(params=[p for _, p in embeddings], lr=cfg.embed_lr, weight_decay=0.0),
+              dict(params=[p for _, p in vectors], lr=cfg.embed_lr, weight_decay=0.0)]
+    optimizers = []
+    if cfg.optimizer == "adamw":
+        groups.append(dict(params=[p for _, p in matrices], lr=cfg.lr, weight_decay=cfg.weight_decay))
+    else:
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        optimizers.append(Muon([p for _, p in matrices], cfg.lr, weight_decay=cfg.weight_decay, dtype=dtype))
+    optimizers.append(torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, fused=device.type in ("cuda", "cpu")))
+    for title, members in ((cfg.optimizer, matrices), ("adamw", embeddings + vectors)):
+        kinds = sorted({".".join("*" if part.isdigit() else part for part in name.split(".")) for name, _ in members})
+        log(f"{title}: {len(members)} tensors, {sum(p.numel() for _, p in members):,} parameters: {', '.join(kinds)}")
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+    return optimizers
+
+
+def lr_share(step, cfg):
+    """Share of the peak learning rate at a step: linear warm-up, then cosine or linear decay to zero."""
+    if step < cfg.warmup_iters or cfg.max_iters is None:
+        return min(1.0, (step + 1) / cfg.warmup_iters)
+    done = (step - cfg.warmup_iters) / max(1, cfg.max_iters - cfg.warmup_iters)
+    return 1 - done if cfg.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Machine
+
+class World:
+    """This process among all: rank, size, device, and the precision of its matrix products."""
+
+    def __init__(self, cfg):
+        if cfg.threads:
+            torch.set_num_threads(cfg.threads)
+        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        local, kind = int(os.environ.get("LOCAL_RANK", 0)), cfg.device
+        if kind == "auto":
+            kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        try:
+            self.device = torch.device(kind)
+            if self.device.type == "cuda" and self.device.index is None:
+                self.device = torch.device("cuda", local)
+            torch.zeros(1, device=self.device)
+        except (RuntimeError, AssertionError, NotImplementedError):
+            raise UserError(f"--device={cfg.device} cannot be used here (torch {torch.__version__}, CUDA available: "
+                            f"{torch.cuda.is_available()}); use --device=cpu or auto") from None
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+            torch.set_float32_matmul_precision("high")
+        if self.size > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        fast = {"cuda": torch.cuda.is_bf16_supported, "cpu": cpu_has_bf16, "mps": lambda: False}[self.device.type]()
+        self.dtype = {"auto": torch.bfloat16 if fast else torch.float32}.get(cfg.dtype) or getattr(torch, cfg.dtype)
+        # Measured on two cores: layers compiled one by one take half a minute once, and train 1.5 times as fast after that.
+        minutes = cfg.max_minutes if cfg.max_iters is None else 0
+        pays = self.device.type == "cuda" or (self.device.type == "cpu" and minutes > 2 and shutil.which("g++") is not None)
+        self.compile = cfg.compile == "true" or (cfg.compile == "auto" and pays)
+
+    @contextlib.contextmanager
+    def precision(self):
+        """Around every forward and backward pass. On a CPU in bfloat16, torch's plain attention trains 1.5 to 3 times as
+        fast as its fused one (whose backward pass does not use the bfloat16 units)."""
+        low = self.dtype == torch.bfloat16
+        plain = low and self.device.type == "cpu"
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(plain)  # plain attention stays in bfloat16
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=low), \
+                sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext():
+            yield
+
+    def sum(self, *values):
+        """Sums of numbers over all processes."""
+        if self.size == 1:
+            return values
+        total = torch.tensor(values, dtype=torch.float64, device="cpu" if self.device.type == "cpu" else self.device)
+        dist.all_reduce(total)
+        return tuple(total.tolist())
+
+    def sum_gradients(self, params):
+        """Sums the gradients over all processes, in one message: simpler than overlapping it with the backward pass, and
+        with accumulation it is paid once a step."""
+        if self.size == 1:
+            return
+        grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in params]
+        flat = torch.cat([g.flatten() for g in grads])
+        dist.all_reduce(flat)
+        for p, part in zip(params, flat.split([g.numel() for g in grads])):
+            p.grad = part.view_as(p)
+
+    def rate(self):
+        """What the device's matrix products reach, FLOP/s: the makers' figure for known GPUs, else measured here."""
+        known = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "3090": 71e12, "A6000": 155e12}
+        if self.device.type == "cuda" and self.dtype == torch.bfloat16:
+            name = torch.cuda.get_device_name(self.device)
+            if found := [rate for part, rate in known.items() if part in name]:
+                return found[0]
+        a = torch.randn(2048, 2048, device=self.device, dtype=self.dtype)
+        best = math.inf
+        for _ in range(4):
+            start = time.perf_counter()
+            (a @ a)[0, 0].item()  # .item() waits for the device
+            best = min(best, time.perf_counter() - start)
+        return 2 * 2048 ** 3 / best
+
+
+def cpu_has_bf16():
+    """Whether this CPU multiplies bfloat16 in hardware (AVX-512 BF16 or AMX); emulated, it is slower than float32."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as f:
+            flags = f.read()
+        return "avx512_bf16" in flags or "amx_bf16" in flags
+    except OSError:
+        return False
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The files of a run
+
+def new_folder(cfg, world):
+    """A fresh run folder: --out, which must not hold a run, or the first free name in out/."""
+    data = os.path.splitext(os.path.basename(cfg.data.rstrip("/")))[0]
+    name = cfg.out or os.path.join("out", f"{cfg.arch}-{cfg.preset}-{data}")
+    number, free = 1, name
+    while glob.glob(os.path.join(free, "*")):
+        if cfg.out:
+            raise UserError(f"--out={cfg.out} is not empty: go on with --init_from=resume, or choose another folder")
+        number += 1
+        free = f"{name}-{number}"
+    cfg.out = free
+    if world.size > 1:  # all processes agree on the first one's choice
+        names = [free]
+        dist.broadcast_object_list(names)
+        cfg.out = names[0]
+
+
+def record(cfg, corpus_hash, config):
+    """What produced this run: command, settings, versions, and the source that ran."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    for path in [*glob.glob(os.path.join(here, "*.py")), *glob.glob(os.path.join(here, "data", "*.py"))]:
+        target = os.path.join(cfg.out, "source", os.path.relpath(path, here))
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        shutil.copyfile(path, target)
+    versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
+                    machine=f"{platform.machine()}, {os.cpu_count()} cores", threads=torch.get_num_threads())
+    write_json(os.path.join(cfg.out, "run.json"), dict(command=sys.argv, settings=asdict(cfg), versions=versions,
+                                                       corpus=corpus_hash, config=asdict(config)))
+
+
+def write_json(path, value):
+    with open(path + ".new", "w", encoding="utf-8") as f:
+        json.dump(value, f, indent=1)
+    os.replace(path + ".new", path)
+
+
+def sync_file(path):
+    with open(path, "rb+") as f:
+        os.fsync(f.fileno())
+
+
+def save(folder, model, optimizers, state):
+    """Writes a checkpoint so that a kill at any moment leaves the old one or the new one, whole: both files are written
+    under new names, then train_state.pt is renamed, which is the moment that counts, then the weights. `settle`
+    finishes a rename that was cut off. A full disk leaves the old checkpoint and says so."""
+    weights, states = os.path.join(folder, "model.safetensors"), os.path.join(folder, "train_state.pt")
+    try:
+        model.save(folder, "model.safetensors.new", step=str(state["step"]))
+        torch.save(state | dict(optimizers=[o.state_dict() for o in optimizers]), states + ".new")
+        sync_file(weights + ".new")
+        sync_file(states + ".new")
+        os.replace(states + ".new", states)
+        os.replace(weights + ".new", weights)
+    except Exception as error:  # OSError, or what torch and safetensors make of one
+        for path in (weights + ".new", states + ".new"):
+            with contextlib.suppress(OSError):
+                os.remove(path)
+        raise UserError(f"saving step {state['step']} to {folder} failed ({str(error).splitlines()[0]}): free some space, then "
+                        "go on from the last checkpoint with --init_from=resume") from None
+
+
+def settle(folder):
+    """The state of a run folder's checkpoint, after finishing what a kill cut off. UserError if there is none."""
+    weights, states = os.path.join(folder, "model.safetensors"), os.path.join(folder, "train_state.pt")
+    if not os.path.isfile(states):
+        raise UserError(f"{folder} has no checkpoint to resume from (train_state.pt is missing)")
+    try:
+        state = torch.load(states, map_location="cpu", weights_only=True)
+        step = state["step"]
+    except Exception:
+        raise UserError(f"{states} cannot be read: it is truncated or was altered") from None
+    if os.path.exists(weights + ".new") and read_metadata(weights + ".new").get("step") == str(step):
+        os.replace(weights + ".new", weights)
+    if read_metadata(weights).get("step") != str(step):
+        raise UserError(f"{weights} and {states} are not from the same step: the run cannot be resumed exactly")
+    return state
+
+
+class Log:
+    """log.jsonl and loss.png. Resuming drops the lines written after the checkpoint."""
+
+    def __init__(self, folder, step):
+        self.path, self.rows = os.path.join(folder, "log.jsonl"), []
+        if os.path.exists(self.path):
+            with open(self.path, encoding="utf-8") as f:
+                for line in f:
+                    with contextlib.suppress(json.JSONDecodeError):  # a line cut off by a kill
+                        self.rows.append(json.loads(line))
+        self.rows = [row for row in self.rows if row["step"] < step + ("val_loss" in row)]
+        with open(self.path + ".new", "w", encoding="utf-8") as f:
+            f.writelines(json.dumps(row) + "\n" for row in self.rows)
+        os.replace(self.path + ".new", self.path)
+
+    def add(self, row):
+        row = {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in row.items()}
+        self.rows.append(row)
+        with open(self.path, "a", encoding="utf-8") as f:
+            f.write(json.dumps(row) + "\n")
+
+    def plot(self):
+        import matplotlib
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+        figure, axes = plt.subplots(figsize=(7, 4))
+        axes.plot(*zip(*[(r["step"], r["loss"]) for r in self.rows if "loss" in r]), lw=0.8, alpha=0.6, label="training")
+        axes.plot(*zip(*[(r["step"], r["val_loss"]) for r in self.rows if "val_loss" in r]), "o-", ms=3, label="held out")
+        axes.set(xlabel="step", ylabel="loss, nats a target token")
+        axes.legend()
+        axes.grid(alpha=0.3)
+        figure.tight_layout()
+        figure.savefig(os.path.join(os.path.dirname(self.path), "loss.png"), dpi=120)
+        plt.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop
+
+def run(model, batch_at, loss_of, evaluate, cfg, world, flops_per_row):
+    """Trains `model` in cfg.out until cfg.max_iters, and returns the last evaluation.
+
+    batch_at(step, rows) makes the rows with these global numbers: a pure function, on which resuming, accumulation and
+    several processes rest; a batch is a tuple that ends with its number of real tokens. loss_of(model, batch) gives the summed loss of a batch and its number of target tokens; a
+    step's loss is its sum over all micro-batches and processes divided by all their target tokens. evaluate(step)
+    returns a dict with val_loss. Raises UserError when the loss is not finite or a checkpoint cannot be written."""
+    say = functools.partial(tqdm.write, file=sys.stderr) if world.rank == 0 else lambda text: None
+    model.to(world.device)
+    optimizers = make_optimizers(model, cfg, say)
+    state = dict(step=0, time_s=0.0, tokens=0, max_iters=cfg.max_iters)
+    if cfg.init_from == "resume":
+        state = settle(cfg.out)
+        for optimizer, saved in zip(optimizers, state.pop("optimizers")):
+            optimizer.load_state_dict(saved)
+        cfg.max_iters = cfg.max_iters or state["max_iters"]
+    say(f"{model.num_params():,} parameters, {flops_per_row / 1e9:.2f} GFLOPs forward a row; "
+        f"{cfg.batch_size * cfg.grad_accum * world.size} rows a step; {world.device}, {str(world.dtype)[6:]}, "
+        f"{'compiled' if world.compile else 'eager'}, {torch.get_num_threads()} threads")
+    if world.compile:
+        say("compiling, up to a minute the first time")
+        for module in model.compiled_parts():
+            module.compile()
+        with world.precision():
+            loss_of(model, batch_at(0, np.arange(cfg.batch_size)))[0].backward()
+        model.zero_grad(set_to_none=True)
+    log = Log(cfg.out, state["step"]) if world.rank == 0 else None
+    params, rate, metrics = [p for p in model.parameters() if p.requires_grad], world.rate(), {}
+    stop_signal, old_handlers = [], {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        old_handlers[number] = signal.signal(number, lambda n, frame: stop_signal.append(n))
+
+    def batches(step):
+        first = np.arange(cfg.grad_accum) * world.size + world.rank
+        return [batch_at(step, np.arange(i * cfg.batch_size, (i + 1) * cfg.batch_size)) for i in first]
+
+    def checkpoint(step):
+        state.update(step=step, max_iters=cfg.max_iters)
+        if world.rank == 0:
+            save(cfg.out, model, optimizers, state)
+        if world.size > 1:
+            dist.barrier()
+
+    def interval():
+        return cfg.eval_interval or max(1, (cfg.max_iters or 10 ** 9) // 8)
+
+    timed = []
+    bar = tqdm(total=cfg.max_iters, initial=state["step"], unit="step", dynamic_ncols=True, disable=world.rank > 0)
+    with ThreadPoolExecutor(1) as ahead:
+        step, coming = state["step"], ahead.submit(batches, state["step"])
+        while True:
+            done = cfg.max_iters is not None and step >= cfg.max_iters
+            interrupted = world.sum(len(stop_signal))[0] > 0
+            if interrupted or done or step == 0 or step % interval() == 0 and step != state["step"]:
+                if not interrupted:
+                    with torch.compiler.set_stance("force_eager"):  # its shapes differ from step to step
+                        metrics = evaluate(step)
+                    say(f"step {step}: " + ", ".join(f"{key} {value:.4f}" for key, value in metrics.items()))
+                    if log:
+                        log.add(dict(step=step, time_s=state["time_s"], tokens=state["tokens"], **metrics))
+                        log.plot()
+                if step != state["step"] or step == 0:
+                    checkpoint(step)
+            if interrupted or done:
+                break
+
+            start = time.perf_counter()
+            share = lr_share(step, cfg)
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak_lr"] * share
+            micro, coming = coming.result(), ahead.submit(batches, step + 1)
+            loss_sum, targets, seen = 0.0, 0, 0
+            for batch in micro:
+                with world.precision():
+                    loss, n = loss_of(model, batch)
+                    loss.backward()
+                loss_sum, targets, seen = loss_sum + loss.detach(), targets + n, seen + batch[-1]
+            loss_sum, targets, seen = world.sum(float(loss_sum), int(targets), seen)
+            world.sum_gradients(params)
+            loss = loss_sum / max(1, targets)
+            if not math.isfinite(loss):
+                kept = f"the checkpoint of step {state['step']} in {cfg.out} is kept" if state["step"] else "nothing is lost"
+                raise UserError(f"the loss is {loss} at step {step}; {kept}. Lower --lr (now {cfg.lr}) or raise --warmup_iters")
+            grads = [p.grad for p in params if p.grad is not None]
+            torch._foreach_div_(grads, max(1.0, targets))
+            if cfg.grad_clip:
+                torch.nn.utils.clip_grad_norm_(params, cfg.grad_clip)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            if world.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds = time.perf_counter() - start
+
+            if log:
+                log.add(dict(step=step, time_s=state["time_s"], tokens=state["tokens"], lr=cfg.lr * share, loss=loss))
+            step += 1
+            state["time_s"] += seconds
+            state["tokens"] += int(seen)
+            mfu = 3 * flops_per_row * cfg.batch_size * cfg.grad_accum / seconds / rate
+            bar.set_postfix(loss=f"{loss:.3f}", lr=f"{cfg.lr * share:.1e}", **{"tok/s": f"{seen / seconds:.0f}", "mfu": f"{mfu:.0%}"})
+            bar.update()
+            timed += [seconds] * (step - 1 in TIMED)
+            if cfg.max_iters is None and step > TIMED[-1]:
+                left = cfg.max_minutes * 60 - state["time_s"]
+                fits = step + int(max(1, left / np.mean(timed or [seconds])))
+                cfg.max_iters = int(world.sum(fits * (world.rank == 0))[0])
+                bar.total = cfg.max_iters
+                say(f"{np.mean(timed):.3f} s a step: {cfg.max_iters} steps fit into {cfg.max_minutes:g} minutes")
+    bar.close()
+    for number, handler in old_handlers.items():
+        signal.signal(number, handler)
+    if interrupted:
+        say(f"interrupted; step {step} is saved. Go on with: python {sys.argv[0]} --init_from=resume --out={cfg.out}")
+        sys.exit(128 + (stop_signal or [signal.SIGTERM])[0])
+    say(f"trained {state['time_s']:.0f} s, {state['tokens']:,} tokens, {state['tokens'] / max(state['time_s'], 1e-9):,.0f} tokens/s; {cfg.out}")
+    return metrics
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pretraining
+
+def to_device(batch, device):
+    return [None if part is None else torch.from_numpy(part).to(device, non_blocking=True) for part in batch]
+
+
+def loss_of(model, batch):
+    """Summed cross-entropy of a (src, src_mask, tgt, loss_mask, tokens) batch, and its number of targets."""
+    *tensors, _ = batch
+    return model(*tensors, reduction="sum")[1], int(tensors[-1].sum())
+
+
+def count_tokens(batch, pad):
+    """Real tokens of a batch, source and target."""
+    return sum(int((ids != pad).sum()) for ids in (batch[0], batch[2]) if ids is not None)
+
+
+def eval_starts(length, window, rows, causal):
+    """Where the held-out windows begin: `rows` of them, evenly spaced, or, with 0, side by side over all of the text
+    (the last one reaches back). Causal windows overlap by one token, which the next one needs to be predicted from."""
+    if rows:
+        return np.linspace(0, length - window, rows).astype(int)
+    stride = window - (1 if causal else 0)
+    return np.append(np.arange(0, length - window, stride), length - window)
+
+
+@torch.no_grad()
+def held_out(model, tokens, objective, cfg, world):
+    """Held-out losses: val_loss, over all targets; text_loss, over those that are text; unigram, the entropy of those
+    tokens' own frequencies, which is what a model that ignores all context could reach; bits per byte of the text."""
+    tokenizer, causal = objective.tokenizer, objective.name == "causal"
+    starts = eval_starts(len(tokens), objective.window, cfg.eval_rows, causal)
+    length = np.array([len(token) for token in tokenizer.ranks] + [0] * (tokenizer.vocab_size - tokenizer.n_text))
+    counts, sums = np.zeros(tokenizer.vocab_size), np.zeros(5)
+    groups = np.array_split(np.arange(len(starts)), max(1, math.ceil(len(starts) / cfg.batch_size)))
+    model.eval()
+    for rows in groups[world.rank::world.size]:
+        # A seed of its own, so that no held-out row shares its noise with a training row.
+        batch = objective.batch(tokens.windows(starts[rows], objective.window), uniforms(cfg.seed + 1, 0, rows, objective.n_random))
+        if causal and not cfg.eval_rows:  # every token counts once: what the window before has scored is context
+            scored = np.where(rows > 0, starts[rows - 1] + objective.window - starts[rows], 1)
+            batch[3][:] = np.arange(objective.window)[None] >= scored[:, None]
+        src, src_mask, tgt, loss_mask = to_device(batch, world.device)
+        with world.precision():
+            logits, _ = model(src, src_mask, tgt, loss_mask)
+        nll = F.cross_entropy(logits.flatten(0, 1).float(), tgt.flatten(), reduction="none").view_as(tgt)
+        text = loss_mask & (tgt < tokenizer.n_text)
+        ids = tgt[text].cpu().numpy()
+        sums += [nll[loss_mask].double().sum().item(), loss_mask.sum().item(), nll[text].double().sum().item(), len(ids), length[ids].sum()]
+        counts += np.bincount(ids, minlength=len(counts))
+    model.train()
+    totals = world.sum(*sums, *counts)
+    (all_nll, n_all, text_nll, n_text, n_bytes), counts = totals[:5], np.array(totals[5:])
+    share = counts[counts > 0] / max(1, n_text)
+    return dict(val_loss=all_nll / max(1, n_all), text_loss=text_nll / max(1, n_text), unigram=float(-(share * np.log(share)).sum()),
+                bits_per_byte=text_nll / max(1, n_bytes) / math.log(2))
+
+
+def show_sample(model, tokens, objective, world, say):
+    """Prints what the model makes of one held-out text."""
+    tokenizer, window = objective.tokenizer, objective.window
+    ids = tokens.windows([len(tokens) // 2], window)
+    src, _, tgt, loss_mask = objective.batch(ids, uniforms(0, 0, [0], objective.n_random))
+    if src is None:  # decoder-only: what is before the first target is the prompt; all of it, for a causal model
+        start = int(loss_mask[0].argmax()) or window // 2
+        prompt = tgt[0, :start].tolist()
+    else:
+        prompt = src[0][src[0] != tokenizer.pad].tolist()
+    model.eval()
+    with world.precision():
+        steps = list(model.generate([prompt], min(64, objective.tgt_len)))
+    model.train()
+    answer = [step[0] for step in steps]
+    if any(id >= tokenizer.first_sentinel for id in prompt):
+        pieces = fill_spans(prompt, answer, tokenizer)
+        say("--- a held-out text, its holes [[filled]]:\n" +
+            "".join(f"[[{tokenizer.show(ids)}]]" if filled else tokenizer.show(ids) for ids, filled in pieces))
+    else:
+        say("--- " + tokenizer.show(prompt[-64:]) + " >>> " + tokenizer.decode(answer))
+    say("---")
+
+
+def load_run(cfg):
+    """The settings of the run in --out, with what the command line may change on resuming: how long, where, how often."""
+    path = os.path.join(cfg.out or "", "run.json")
+    if not cfg.out or not os.path.isfile(path):
+        raise UserError(f"--init_from=resume needs --out=FOLDER of a run; {path} is missing")
+    with open(path, encoding="utf-8") as f:
+        old = json.load(f)
+    settings = Settings(**old["settings"])
+    free = {"init_from", "out", "max_iters", "max_minutes", "eval_interval", "eval_rows", "device", "threads", "compile", "dtype"}
+    for name in given():
+        value = getattr(cfg, name)
+        if name not in free and value != getattr(settings, name):
+            raise UserError(f"--{name}={value} differs from the {getattr(settings, name)} that {cfg.out} was begun with; drop it, or "
+                            f"begin a new run from its weights with --init_from={cfg.out}")
+        setattr(settings, name, value)
+    return settings, old["corpus"]
+
+
+def main():
+    cfg = parse(Settings, __doc__)
+    if cfg.init_from == "resume":
+        cfg, corpus_hash = load_run(cfg)
+    elif cfg.init_from != "scratch":
+        parent = read_config(cfg.init_from)
+        if (parent.n_enc > 0) != (cfg.arch == "encdec"):
+            raise UserError(f"--init_from={cfg.init_from} is a {'encdec' if parent.n_enc else 'dec'} run, not --arch={cfg.arch}")
+        if cfg.tokenizer == "bpe":
+            cfg.tokenizer = cfg.init_from
+    cfg = resolve(cfg)
+    if cfg.tokenizer not in ("bpe", "gpt2"):
+        load_tokenizer(cfg.tokenizer)
+    world = World(cfg)
+    say = functools.partial(print, file=sys.stderr) if world.rank == 0 else lambda text: None
+
+    if world.size > 1 and world.rank > 0:
+        dist.barrier()  # the first process tokenizes
+    corpus = prepare(cfg.data, cfg.tokenizer, cfg.vocab_size, cfg.text_col, say)
+    if world.size > 1 and world.rank == 0:
+        dist.barrier()
+    tokenizer = corpus.tokenizer
+    objective = Objective(cfg.objective, tokenizer, cfg.src_len, cfg.tgt_len, cfg.arch == "dec")
+    for split, tokens in corpus.splits.items():
+        if len(tokens) < objective.window:
+            raise UserError(f"--data={cfg.data}: the {split} text has {len(tokens)} tokens, but one row takes {objective.window}: "
+                            "give more text, or lower --src_len and --tgt_len")
+    say(corpus.describe())
+    say(objective.describe())
+
+    torch.manual_seed(cfg.seed)
+    if cfg.init_from == "resume":
+        if corpus.hash != corpus_hash:
+            raise UserError(f"the data has changed since {cfg.out} was begun (or lies on another machine): it cannot be resumed exactly")
+        settle(cfg.out)
+        model = Transformer.load(cfg.out)
+    elif cfg.init_from != "scratch":
+        model = Transformer.load(cfg.init_from)
+        if model.config.vocab_size != tokenizer.vocab_size:
+            raise UserError(f"{cfg.init_from} has a vocabulary of {model.config.vocab_size}, --tokenizer={cfg.tokenizer} of {tokenizer.vocab_size}")
+    else:
+        chosen = {name: getattr(cfg, name) for name in ("n_embd", "n_head", "n_kv_head", "head_dim", "n_hidden")}
+        chosen = {name: value for name, value in chosen.items() if value is not None}
+        model = Transformer(make_config(cfg.preset, cfg.arch, cfg.split, cfg.n_enc, cfg.n_dec, cfg.src_len, cfg.tgt_len,
+                                        vocab_size=tokenizer.vocab_size, pad_id=tokenizer.pad, bos_id=tokenizer.bos,
+                                        eos_id=tokenizer.eos, **chosen))
+    model.to(world.device)
+
+    if cfg.init_from != "resume":
+        new_folder(cfg, world)
+        if world.rank == 0:
+            os.makedirs(cfg.out, exist_ok=True)
+            record(cfg, corpus.hash, model.config)
+            tokenizer.save(cfg.out)
+
+    train, val = corpus.splits["train"], corpus.splits["val"]
+
+    def batch_at(step, rows):
+        u = uniforms(cfg.seed, step, rows, objective.n_random + 1)
+        starts = (u[:, 0] * (len(train) - objective.window + 1)).astype(np.int64)
+        batch = objective.batch(train.windows(starts, objective.window), u[:, 1:])
+        return (*to_device(batch, world.device), count_tokens(batch, tokenizer.pad))
+
+    def evaluate(step):
+        metrics = held_out(model, val, objective, cfg, world)
+        if world.rank == 0:
+            show_sample(model, val, objective, world, functools.partial(tqdm.write, file=sys.stderr))
+        return metrics
+
+    example = objective.batch(val.windows([0], objective.window), uniforms(0, 0, [0], objective.n_random))
+    flops = model.flops(0 if example[0] is None else example[0].shape[1], example[2].shape[1])
+    metrics = run(model, batch_at, loss_of, evaluate, cfg, world, flops)
+    under = 1 - metrics["text_loss"] / metrics["unigram"]
+    say(f"held-out text loss {metrics['text_loss']:.3f} nats a token, {under:.0%} under the unigram entropy of {metrics['unigram']:.3f}; "
+        f"{metrics['bits_per_byte']:.3f} bits a byte")
+    say(f"see {os.path.join(cfg.out, 'loss.png')}, and talk to it: python sample.py --run={cfg.out}")
+    if world.size > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    script(main, ModelError)
