@@ -45,6 +45,7 @@ class Config:
     qkv_bias: bool = False     # biases of the query, key and value projections
     bias: bool = False         # biases of all other linear layers
     tied: bool = True          # the output layer is the embedding
+    embed_scale: float = 1.0   # embeddings enter the stacks times this
     norm_eps: float = 1e-6
     pad_id: int = 0
     bos_id: int = 1
@@ -103,6 +104,7 @@ def make_config(preset, arch="encdec", split="2/3", n_enc=None, n_dec=None, src_
     dec; `split` the encoder's share, or n_enc and n_dec count the layers; `changes` overwrite any field of Config."""
     shape = {key: value for key, value in PRESETS[preset].items() if key != "splits"}
     shape |= {key: value for key, value in changes.items() if key != "n_hidden"}
+    shape = dict(qkv_bias=True, embed_scale=1 / embed_std(shape["n_embd"])) | shape
     rival = Config(n_enc=0, src_len=0, **shape | dict(tgt_len=src_len + tgt_len)).check()
     if arch == "dec":
         layers = dict(n_enc=0, n_dec=n_dec or rival.n_dec, src_len=0, tgt_len=src_len + tgt_len)
@@ -118,6 +120,12 @@ def make_config(preset, arch="encdec", split="2/3", n_enc=None, n_dec=None, src_
     if config.n_hidden < step:
         raise ModelError(f"{preset} has no parameters left for an MLP with {config.n_enc}+{config.n_dec} layers: use fewer")
     return config.check()
+
+
+def embed_std(n_embd):
+    """Standard deviation that embeddings start with. Tied, a token predicts itself at first with a logit of C * std, which
+    must stay small for a first loss near ln(V); `embed_scale` = 1 / std gives the stacks inputs of size 1 all the same."""
+    return min(0.02, 4 / n_embd)
 
 
 def count_params(config):
@@ -184,6 +192,20 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, is_causal=causal,
                                            enable_gqa=self.n_head != self.n_kv_head)
         return self.wo(y.transpose(1, 2).flatten(2))
+
+
+    def start_local(self):
+        """Makes self-attention prefer near tokens at first: query and key get one constant on the fast third of RoPE's
+        frequencies, and the product of two constants, rotated, falls with their distance. Needs biases."""
+        if self.wq.bias is not None:
+            for bias in (self.wq.bias, self.wk.bias):
+                bias.view(-1, self.head_dim)[:, :self.head_dim // 6] = 3.0
+
+    def start_matching(self):
+        """Makes cross-attention look for the token that the decoder has just read, a sentinel for example, at first: keys
+        are projected as queries are, so equal contents match."""
+        q = self.wq.weight.unflatten(0, (self.n_kv_head, -1, self.head_dim))  # each group's first query head
+        self.wk.weight.copy_(q[:, 0].flatten(0, 1))
 
 
 class MLP(nn.Module):
@@ -309,15 +331,19 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Every block starts as the identity (its output projections are zero), so the first loss is near ln(V). With
-        tied embeddings a token then predicts itself with a logit of C * std, which the cap on std keeps small."""
+        """Every block starts as the identity (its output projections are zero), so the first loss is near ln(V)."""
         for name, p in self.named_parameters():
             if name.endswith("bias") or name.endswith(("wo.weight", "down.weight")):
                 p.zero_()
             elif name.startswith(("embed", "head")):
-                p.normal_(std=min(0.02, 4 / self.config.n_embd))
+                p.normal_(std=embed_std(self.config.n_embd))
             elif p.ndim == 2:
                 p.normal_(std=p.size(1) ** -0.5)
+        # A start that looks at the right places, which gradients alone take long to find (README, "What worked"):
+        for block in [*self.enc, *self.dec]:
+            block.attn.start_local()
+        for block in self.dec if self.config.n_enc else []:
+            block.cross.start_matching()
 
     def encode(self, src, src_mask=None):
         """src (B, S) of ids, padded on the right; src_mask (B, S), True at real tokens -> states (B, S, C)."""
@@ -327,7 +353,7 @@ class Transformer(nn.Module):
             lengths = torch.full((len(src),), src.size(1), device=src.device)
         positions = torch.arange(src.size(1), device=src.device)[None]
         rope = rope_tables(positions, cfg.head_dim, cfg.rope_theta, stretch_of(lengths, src.size(1), cfg.src_len))
-        mask, x = source_mask(src_mask), self.embed(src)
+        mask, x = source_mask(src_mask), self.embed(src) * cfg.embed_scale
         for block in self.enc:
             x = block(x, rope, mask)
         return self.enc_norm(x)
@@ -352,7 +378,7 @@ class Transformer(nn.Module):
             causal = cache.length == 0 and cache.pad is None and T > 1
             stretch, mask, memory_mask = cache.stretch, None if causal else cache.mask(T), cache.memory_mask
         rope = rope_tables(positions, cfg.head_dim, cfg.rope_theta, stretch)
-        x = self.embed(tokens)
+        x = self.embed(tokens) * cfg.embed_scale
         for i, block in enumerate(self.dec):
             if cache is None:
                 memory, store = block.cross and block.cross.keys_values(encoded), None

@@ -50,6 +50,8 @@ class Settings:
     n_hidden: int = setting(None, "width of the MLP; by default solved so that all of a preset have one size", type=int)
     objective: str = setting(None, "what is learnt; default: span for encdec, causal for dec",
                              ("span", "prefix", "causal", "ul2"))
+    noise: float = setting(0.15, "span corruption: share of the text that is hidden")
+    mean_span: float = setting(3.0, "span corruption: tokens a hidden span has on average")
     data: str = setting("pycode", "pycode, pycode-full, a path (.txt, .jsonl, .csv, .parquet, a folder) or a Hub id", type=str)
     text_col: str = setting("text", "column of the text in .jsonl, .csv, .parquet and Hub data")
     tokenizer: str = setting("bpe", "bpe (trained on the data), gpt2, bytes, or the file or run folder of one")
@@ -88,7 +90,7 @@ DEFAULTS = {
     "small": dict(src_len=512, tgt_len=128, batch_size=64, lr=5e-3, embed_lr=3e-3, warmup_iters=100, schedule="linear", max_minutes=10),
 } | {size: dict(src_len=1024, tgt_len=256, batch_size=32, lr=3e-4, embed_lr=3e-4, warmup_iters=2000, schedule="cosine", max_minutes=600)
      for size in ("330m", "500m", "800m", "1b")}  # the paper's, section 3.3
-TIMED = range(1, 9)  # the steps that --max_minutes measures; all within the warm-up, which does not know the end yet
+TIMED = (8, 24)  # the steps that --max_minutes measures (the first ones are slower), before the decay needs to know the end
 
 
 def resolve(cfg):
@@ -162,7 +164,7 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_add_(params, updates, alpha=-lr * 0.2 * shape[1] ** 0.5)
 
 
-def make_optimizers(model, cfg, log):
+def make_optimizers(model, cfg, dtype, log):
     """Routes every parameter by its name: the matrices inside the blocks to Muon, all else to AdamW; prints the table."""
     matrices, embeddings, vectors = [], [], []
     for name, p in model.named_parameters():
@@ -175,7 +177,6 @@ def make_optimizers(model, cfg, log):
     if cfg.optimizer == "adamw":
         groups.append(dict(params=[p for _, p in matrices], lr=cfg.lr, weight_decay=cfg.weight_decay))
     else:
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         optimizers.append(Muon([p for _, p in matrices], cfg.lr, weight_decay=cfg.weight_decay, dtype=dtype))
     optimizers.append(torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, fused=device.type in ("cuda", "cpu")))
     for title, members in ((cfg.optimizer, matrices), ("adamw", embeddings + vectors)):
@@ -413,7 +414,7 @@ def run(model, batch_at, loss_of, evaluate, cfg, world, flops_per_row):
     returns a dict with val_loss. Raises UserError when the loss is not finite or a checkpoint cannot be written."""
     say = functools.partial(tqdm.write, file=sys.stderr) if world.rank == 0 else lambda text: None
     model.to(world.device)
-    optimizers = make_optimizers(model, cfg, say)
+    optimizers = make_optimizers(model, cfg, world.dtype, say)
     state = dict(step=0, time_s=0.0, tokens=0, max_iters=cfg.max_iters)
     if cfg.init_from == "resume":
         state = settle(cfg.out)
@@ -507,13 +508,14 @@ def run(model, batch_at, loss_of, evaluate, cfg, world, flops_per_row):
             mfu = 3 * flops_per_row * cfg.batch_size * cfg.grad_accum / seconds / rate
             bar.set_postfix(loss=f"{loss:.3f}", lr=f"{cfg.lr * share:.1e}", **{"tok/s": f"{seen / seconds:.0f}", "mfu": f"{mfu:.0%}"})
             bar.update()
-            timed += [seconds] * (step - 1 in TIMED)
-            if cfg.max_iters is None and step > TIMED[-1]:
+            timed.append(seconds)
+            if cfg.max_iters is None and len(timed) >= TIMED[1]:
+                typical = float(np.median(timed[TIMED[0]:]))
                 left = cfg.max_minutes * 60 - state["time_s"]
-                fits = step + int(max(1, left / np.mean(timed or [seconds])))
+                fits = step + int(max(1, left / typical))
                 cfg.max_iters = int(world.sum(fits * (world.rank == 0))[0])
                 bar.total = cfg.max_iters
-                say(f"{np.mean(timed):.3f} s a step: {cfg.max_iters} steps fit into {cfg.max_minutes:g} minutes")
+                say(f"{typical:.3f} s a step: {cfg.max_iters} steps fit into {cfg.max_minutes:g} minutes")
     bar.close()
     for number, handler in old_handlers.items():
         signal.signal(number, handler)
@@ -647,7 +649,7 @@ def main():
     if world.size > 1 and world.rank == 0:
         dist.barrier()
     tokenizer = corpus.tokenizer
-    objective = Objective(cfg.objective, tokenizer, cfg.src_len, cfg.tgt_len, cfg.arch == "dec")
+    objective = Objective(cfg.objective, tokenizer, cfg.src_len, cfg.tgt_len, cfg.arch == "dec", cfg.noise, cfg.mean_span)
     for split, tokens in corpus.splits.items():
         if len(tokens) < objective.window:
             raise UserError(f"--data={cfg.data}: the {split} text has {len(tokens)} tokens, but one row takes {objective.window}: "

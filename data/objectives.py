@@ -97,7 +97,7 @@ def pad_rows(rows, width, pad):
 class Objective:
     """How windows of text become batches. `window` is the text each row needs, in tokens."""
 
-    def __init__(self, name, tokenizer, src_len, tgt_len, decoder_only):
+    def __init__(self, name, tokenizer, src_len, tgt_len, decoder_only, noise=0.15, mean_span=3):
         self.name, self.tokenizer, self.decoder_only = name, tokenizer, decoder_only
         self.src_len, self.tgt_len = src_len, tgt_len
         if name == "causal" and not decoder_only:
@@ -106,7 +106,7 @@ class Objective:
             raise UserError(f"--src_len={src_len}: --objective={name} needs a source")
         # A decoder-only sequence has a separator between source and target, so one token less of source.
         room = src_len - (decoder_only and name != "causal")
-        self.plans = {"span": [(0.15, 3)], "prefix": ["prefix"], "causal": [], "ul2": UL2}[name]
+        self.plans = {"span": [(noise, mean_span)], "prefix": ["prefix"], "causal": [], "ul2": UL2}[name]
         self.plans = [plan if plan == "prefix" else span_plan(room, tgt_len, *plan) for plan in self.plans]
         prefix = room + tgt_len
         self.window = max([prefix if plan == "prefix" else plan[0] for plan in self.plans], default=src_len + tgt_len)

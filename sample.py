@@ -1,0 +1,191 @@
+"""Talks to a trained model: a prompt in, text out as it is made.
+
+    python sample.py --prompt="def area(width, height):\\n    return <mask>"   fills the holes (span-trained runs)
+    python sample.py --run=out/dec-nano-pycode --prompt="import os" --temperature=0.8 --num_samples=3
+    cat file.py | python sample.py                                           the newest run, prompt from standard input
+
+A span-trained model reads <mask> as a hole and prints the whole text with the holes filled; a causal or prefix one goes
+on where the prompt ends. A prompt without <mask> gets one at its end.
+"""
+import codecs
+import glob
+import json
+import os
+import sys
+from dataclasses import dataclass
+
+from data.cli import UserError, parse, script, setting
+from data.objectives import fill_spans
+from data.tokenizer import N_SENTINELS, load_tokenizer
+
+MASK = "<mask>"
+
+
+@dataclass
+class Settings:
+    run: str = setting(None, "run folder; default: the newest in out/", type=str)
+    prompt: str = setting(None, "the text to start from; default: standard input. \\n is a line break", type=str)
+    max_new_tokens: int = setting(256, "longest answer, in tokens")
+    temperature: float = setting(0.0, "0 takes the likeliest token; higher is more varied")
+    top_k: int = setting(0, "draw from the k likeliest tokens; 0 is all")
+    top_p: float = setting(1.0, "draw from the fewest tokens that hold this probability together")
+    beams: int = setting(1, "beam search with so many beams, instead of drawing")
+    num_samples: int = setting(1, "answers to the prompt; the first streams, more are printed when done")
+    seed: int = setting(1337, "of the draws")
+    device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
+    dtype: str = setting("auto", "of weights and states; auto: bfloat16 on CUDA, else float32", ("auto", "float32", "bfloat16"))
+    threads: int = setting(0, "CPU threads; 0 is torch's own choice")
+
+
+def newest_run():
+    runs = glob.glob(os.path.join("out", "*", "model.safetensors"))
+    if not runs:
+        raise UserError("there is no run in out/ yet: python train.py --arch=encdec makes one in minutes, or name one with --run")
+    return os.path.dirname(max(runs, key=os.path.getmtime))
+
+
+def objective_of(run):
+    """What the run was trained on, span, prefix, ul2 or causal, as its run.json says."""
+    try:
+        with open(os.path.join(run, "run.json"), encoding="utf-8") as f:
+            return json.load(f)["settings"]["objective"]
+    except (OSError, ValueError, KeyError):
+        raise UserError(f"{run} is no run folder: its run.json is missing or cannot be read") from None
+
+
+def encode_prompt(text, tokenizer, objective, decoder_only):
+    """Prompt ids: of the encoder's source or, decoder-only, of the beginning of the sequence."""
+    if objective in ("span", "ul2") and (objective == "span" or MASK in text):
+        parts = (text if MASK in text else text + MASK).split(MASK)
+        if len(parts) - 1 > N_SENTINELS:
+            raise UserError(f"--prompt has {len(parts) - 1} {MASK}, at most {N_SENTINELS} can be told apart")
+        ids = tokenizer.encode(parts[0])
+        for hole, part in enumerate(parts[1:]):
+            ids += [tokenizer.sentinel(hole), *tokenizer.encode(part)]
+        ids.append(tokenizer.eos)
+    else:
+        ids = tokenizer.encode(text)
+    if not ids:
+        raise UserError("the prompt is empty")
+    return ids + [tokenizer.sep] * (decoder_only and objective != "causal")
+
+
+class Printer:
+    """Streams an answer. Where the prompt has holes, the text between them is printed as each hole is reached."""
+
+    def __init__(self, prompt, tokenizer, holes):
+        self.tokenizer, self.decoder = tokenizer, codecs.getincrementaldecoder("utf-8")("replace")
+        self.source = [i for i in prompt if i < tokenizer.n_text or i >= tokenizer.first_sentinel] if holes else []
+        self.holes = holes
+        if not holes:
+            self.write([i for i in prompt if i < tokenizer.n_text])
+
+    def write(self, ids):
+        print(self.decoder.decode(self.tokenizer.bytes_of(ids)), end="", flush=True)
+
+    def advance(self, stop):
+        """Prints the source up to the hole `stop` (or its end), leaving holes that were skipped as they are."""
+        while self.source and self.source[0] != stop:
+            i = self.source.pop(0)
+            self.write([i]) if i < self.tokenizer.n_text else print(MASK, end="", flush=True)
+        self.source = self.source[1:]
+
+    def add(self, id):
+        if id < self.tokenizer.n_text:
+            self.write([id])
+        elif self.holes and id in self.source:
+            self.advance(id)
+
+    def finish(self):
+        self.advance(None)
+        print(self.decoder.decode(b"", final=True))
+
+
+def beam_search(model, prompt, beams, max_new_tokens):
+    """The likeliest answer that `beams` hypotheses side by side find; score: log-probability over length to the power
+    0.6, so that longer answers are not penalised for having more factors. Returns ids, without end-of-sequence."""
+    import torch
+    eos = model.config.eos_id
+    with torch.inference_mode():
+        cache, states = model.prefill([prompt], max_new_tokens)
+        scores, answers, finished = torch.zeros(1, device=states.device), [[]], []
+        for step in range(max_new_tokens):
+            logp = model.logits(states[:, -1]).float().log_softmax(-1) + scores[:, None]  # (beams, V)
+            best = logp.flatten().topk(min(2 * beams, logp.numel()))  # twice: half of them may end here
+            kept = []
+            for score, index in zip(best.values.tolist(), best.indices.tolist()):
+                row, id = divmod(index, logp.size(1))
+                if id == eos:
+                    finished.append((score / (len(answers[row]) + 1) ** 0.6, answers[row]))
+                elif len(kept) < beams:
+                    kept.append((score, row, id))
+            enough = sorted(finished, reverse=True)[:beams]
+            if len(enough) == beams and enough[-1][0] >= kept[0][0] / (step + 2) ** 0.6:
+                break
+            answers = [answers[row] + [id] for _, row, id in kept]
+            scores = torch.tensor([score for score, _, _ in kept], device=states.device)
+            if step < max_new_tokens - 1:
+                cache.select(torch.tensor([row for _, row, _ in kept], device=states.device))
+                states = model.decode(torch.tensor([[id] for _, _, id in kept], device=states.device), cache=cache)
+        finished += [(score / len(answer) ** 0.6, answer) for score, answer in zip(scores.tolist(), answers) if answer]
+    return max(finished, key=lambda pair: pair[0])[1]
+
+
+def main():
+    cfg = parse(Settings, __doc__)
+    for name in ("max_new_tokens", "beams", "num_samples"):
+        if getattr(cfg, name) < 1:
+            raise UserError(f"--{name}={getattr(cfg, name)} must be at least 1")
+    if cfg.temperature < 0 or cfg.top_k < 0 or not 0 < cfg.top_p <= 1:
+        raise UserError("--temperature and --top_k must not be negative, --top_p lies above 0 and at most at 1")
+    if cfg.num_samples > 1 and cfg.temperature == 0:
+        raise UserError(f"--num_samples={cfg.num_samples} at --temperature=0 would print one answer so many times: use --temperature=0.8")
+    if cfg.beams > 1 and cfg.temperature > 0:
+        raise UserError("--beams searches for the likeliest answer and --temperature draws: use one of them")
+    run = cfg.run or newest_run()
+    objective, tokenizer = objective_of(run), load_tokenizer(run)
+    if cfg.prompt is None and sys.stdin.isatty():
+        print(f"{run} ({objective}); type a prompt" + (f" with {MASK} for holes" if objective == "span" else "") +
+              ", end it with Ctrl-D", file=sys.stderr)
+    text = sys.stdin.read() if cfg.prompt is None else cfg.prompt.replace("\\n", "\n")
+
+    import torch
+    from model import Transformer
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    device = cfg.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    dtype = {"auto": torch.bfloat16 if device.startswith("cuda") else torch.float32}.get(cfg.dtype) or getattr(torch, cfg.dtype)
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise UserError(f"--device={cfg.device} cannot be used here; use --device=cpu or auto") from None
+    model = Transformer.load(run, device=device, dtype=dtype).eval()
+    prompt = encode_prompt(text, tokenizer, objective, model.config.n_enc == 0)
+    holes = any(i >= tokenizer.first_sentinel for i in prompt)
+
+    if cfg.beams > 1:
+        answers = [beam_search(model, prompt, cfg.beams, cfg.max_new_tokens)]
+    elif cfg.num_samples > 1:
+        steps = list(model.generate([prompt] * cfg.num_samples, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, cfg.seed))
+        answers = [[step[b] for step in steps if step[b] is not None] for b in range(cfg.num_samples)]
+    else:
+        printer = Printer(prompt, tokenizer, holes)
+        for step in model.generate([prompt], cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, cfg.seed):
+            printer.add(step[0])
+        return printer.finish()
+    for number, answer in enumerate(answers):
+        if number:
+            print("-" * 80)
+        pieces = fill_spans(prompt, answer, tokenizer) if holes else [(prompt + answer, True)]
+        print(tokenizer.decode([i for ids, _ in pieces for i in ids]))
+
+
+if __name__ == "__main__":
+    from data.cli import script
+    try:
+        from model import ModelError
+    except ImportError:
+        ModelError = UserError
+    script(main, ModelError)

@@ -1,0 +1,126 @@
+"""sample.py: prompts, holes, streaming, beam search, and what a user can get wrong."""
+import io
+import itertools
+import json
+import os
+import sys
+
+import pytest
+import torch
+
+import sample
+import train
+from conftest import TINY_DEC, TINY_ENC, call, one_line
+from data.tokenizer import Tokenizer
+from model import Config, Transformer
+from sample import Printer, beam_search, encode_prompt
+from test_model import ids, tiny
+
+BYTES = Tokenizer("bytes")
+
+
+@pytest.fixture
+def talk(monkeypatch, capsys):
+    return lambda *argv: call(sample.main, argv, monkeypatch, capsys)
+
+
+def make_run(folder, objective, arch="encdec"):
+    torch.manual_seed(0)
+    layers = dict(n_enc=1, n_dec=1) if arch == "encdec" else dict(n_enc=0, src_len=0, n_dec=2)
+    Transformer(Config(vocab_size=BYTES.vocab_size, n_embd=32, n_head=2, n_kv_head=1, head_dim=16, n_hidden=32, pad_id=BYTES.pad,
+                       bos_id=BYTES.bos, eos_id=BYTES.eos, **layers)).save(folder)
+    BYTES.save(folder)
+    with open(os.path.join(folder, "run.json"), "w") as f:
+        json.dump({"settings": {"objective": objective}}, f)
+
+
+def test_holes_become_sentinels():
+    prompt = encode_prompt("a<mask>b<mask>", BYTES, "span", decoder_only=False)
+    assert prompt == [97, BYTES.sentinel(0), 98, BYTES.sentinel(1), BYTES.eos]
+    assert encode_prompt("a", BYTES, "span", False) == [97, BYTES.sentinel(0), BYTES.eos]
+    assert encode_prompt("a<mask>", BYTES, "span", True)[-2:] == [BYTES.eos, BYTES.sep]
+    assert encode_prompt("a<mask>", BYTES, "causal", True) == list(b"a<mask>")
+
+
+@pytest.mark.parametrize("answer, printed", [
+    ([0, b"xy", 1, b"z"], "axybzc\n"), ([0, b"xy"], "axyb<mask>c\n"), ([1, b"z"], "a<mask>bzc\n"), ([], "a<mask>b<mask>c\n"),
+    ([1, b"z", 0, b"xy"], "a<mask>bzxyc\n")])
+def test_the_printer_fills_holes_as_they_come(capsys, answer, printed):
+    printer = Printer(encode_prompt("a<mask>b<mask>c", BYTES, "span", False), BYTES, holes=True)
+    for part in answer:
+        for id in [BYTES.sentinel(part)] if isinstance(part, int) else part:
+            printer.add(id)
+    printer.finish()
+    assert capsys.readouterr().out == printed
+
+
+def test_streamed_characters_are_never_cut(capsys):
+    printer = Printer(encode_prompt("é", BYTES, "causal", True), BYTES, holes=False)
+    for byte in "größer 🙂".encode():
+        printer.add(byte)
+    printer.finish()
+    assert capsys.readouterr().out == "égrößer 🙂\n"
+
+
+@pytest.mark.parametrize("arch, objective", [("encdec", "span"), ("encdec", "prefix"), ("dec", "causal"), ("dec", "span"), ("encdec", "ul2")])
+def test_every_kind_of_run_talks(talk, arch, objective):
+    make_run("out/a", objective, arch)
+    for options in (["--max_new_tokens=5"], ["--beams=3", "--max_new_tokens=5"],
+                    ["--num_samples=2", "--temperature=1", "--top_k=5", "--top_p=0.9", "--max_new_tokens=5"]):
+        status, out, err = talk("--prompt=x = <mask>\\ny", *options)
+        assert status == 0 and "x = " in out, err
+
+
+def test_the_newest_run_and_standard_input(talk, monkeypatch):
+    make_run("out/old", "causal", "dec")
+    make_run("out/new", "causal", "dec")
+    os.utime("out/old/model.safetensors", (1, 1))
+    assert sample.newest_run() == os.path.join("out", "new")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("from a pipe"))
+    status, out, _ = talk("--max_new_tokens=2")
+    assert status == 0 and out.startswith("from a pipe")
+
+
+def test_one_beam_is_greedy_and_all_beams_find_the_best():
+    model = tiny("encdec", vocab_size=6, pad_id=0, bos_id=1, eos_id=2)
+    prompt = [3, 4, 5, 3]
+    greedy = [step[0] for step in model.generate([prompt], 4)]
+    assert beam_search(model, prompt, 1, 4)[:len(greedy)] == greedy
+    encoded, best = model.encode(torch.tensor([prompt])), (-1e9, None)
+    for n in range(1, 5):  # every answer of up to four tokens, scored by the full model
+        for answer in itertools.product([0, 1, 3, 4, 5], repeat=n):
+            logp = model.logits(model.decode(torch.tensor([[1, *answer]]), encoded)).log_softmax(-1)[0]
+            score = sum(logp[t, id] for t, id in enumerate(answer))
+            ends = [(score / n ** 0.6, answer)] if n == 4 else []
+            ends += [((score + logp[n, 2]) / (n + 1) ** 0.6, answer)] if n < 4 else []
+            best = max([best, *ends], key=lambda pair: pair[0])
+    assert tuple(beam_search(model, prompt, 6 ** 4, 4)) == best[1]
+
+
+@pytest.mark.parametrize("argv, says", [
+    (["--run=nowhere"], "nowhere"), (["--max_new_tokens=0"], "--max_new_tokens"), (["--top_p=0"], "--top_p"), (["--prompt="], "empty"),
+    (["--num_samples=2"], "--temperature"), (["--beams=2", "--temperature=1"], "one of them"), (["--device=cuda:99"], "--device"),
+    (["--temprature=1"], "did you mean --temperature?")])
+def test_bad_input(talk, argv, says):
+    make_run("out/a", "causal", "dec")
+    status, _, err = talk("--prompt=x", *argv)
+    assert status == 2 and says in one_line(err)
+
+
+def test_no_run_at_all(talk):
+    status, _, err = talk("--prompt=x")
+    assert status == 2 and "no run in out/" in one_line(err)
+
+
+def test_a_folder_that_is_not_whole(talk):
+    make_run("out/a", "span")
+    os.remove("out/a/model.safetensors")
+    status, _, err = talk("--run=out/a", "--prompt=x")
+    assert status == 2 and "model.safetensors is missing" in one_line(err)
+
+
+def test_a_trained_run_answers(monkeypatch, capsys, text_file):
+    for base in (TINY_ENC, TINY_DEC):
+        assert call(train.main, [*base, f"--data={text_file}", "--max_iters=3"], monkeypatch, capsys)[0] == 0
+        status, out, err = call(sample.main, ["--prompt=abc <mask> d", "--max_new_tokens=4"], monkeypatch, capsys)
+        assert status == 0 and out.startswith("abc "), err
