@@ -9,13 +9,13 @@ on where the prompt ends. A prompt without <mask> gets one at its end.
 """
 import codecs
 import glob
-import json
 import os
 import sys
 from dataclasses import dataclass
 
 from data.cli import UserError, parse, script, setting
 from data.objectives import fill_spans
+from data.runs import read_record
 from data.tokenizer import N_SENTINELS, load_tokenizer
 
 MASK = "<mask>"
@@ -23,8 +23,8 @@ MASK = "<mask>"
 
 @dataclass
 class Settings:
-    run: str = setting(None, "run folder; default: the newest in out/", type=str)
-    prompt: str = setting(None, "the text to start from; default: standard input. \\n is a line break", type=str)
+    run: str = setting(None, "run folder; default: the newest in out/")
+    prompt: str = setting(None, "the text to start from; default: standard input. \\n is a line break")
     max_new_tokens: int = setting(256, "longest answer, in tokens")
     temperature: float = setting(0.0, "0 takes the likeliest token; higher is more varied")
     top_k: int = setting(0, "draw from the k likeliest tokens; 0 is all")
@@ -33,7 +33,7 @@ class Settings:
     num_samples: int = setting(1, "answers to the prompt; the first streams, more are printed when done")
     seed: int = setting(1337, "of the draws")
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
-    dtype: str = setting("auto", "of weights and states; auto: bfloat16 on CUDA, else float32", ("auto", "float32", "bfloat16"))
+    dtype: str = setting("auto", "of weights and states; auto: bfloat16 where the device has it", ("auto", "float32", "bfloat16"))
     threads: int = setting(0, "CPU threads; 0 is torch's own choice")
 
 
@@ -42,15 +42,6 @@ def newest_run():
     if not runs:
         raise UserError("there is no run in out/ yet: python train.py --arch=encdec makes one in minutes, or name one with --run")
     return os.path.dirname(max(runs, key=os.path.getmtime))
-
-
-def objective_of(run):
-    """What the run was trained on, span, prefix, ul2 or causal, as its run.json says."""
-    try:
-        with open(os.path.join(run, "run.json"), encoding="utf-8") as f:
-            return json.load(f)["settings"]["objective"]
-    except (OSError, ValueError, KeyError):
-        raise UserError(f"{run} is no run folder: its run.json is missing or cannot be read") from None
 
 
 def encode_prompt(text, tokenizer, objective, decoder_only):
@@ -143,25 +134,26 @@ def main():
     if cfg.beams > 1 and cfg.temperature > 0:
         raise UserError("--beams searches for the likeliest answer and --temperature draws: use one of them")
     run = cfg.run or newest_run()
-    objective, tokenizer = objective_of(run), load_tokenizer(run)
+    objective, tokenizer = read_record(run)["settings"]["objective"], load_tokenizer(run)
     if cfg.prompt is None and sys.stdin.isatty():
         print(f"{run} ({objective}); type a prompt" + (f" with {MASK} for holes" if objective == "span" else "") +
               ", end it with Ctrl-D", file=sys.stderr)
     text = sys.stdin.read() if cfg.prompt is None else cfg.prompt.replace("\\n", "\n")
 
     import torch
-    from model import Transformer
+    from model import Transformer, cpu_has_bf16
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     device = cfg.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    dtype = {"auto": torch.bfloat16 if device.startswith("cuda") else torch.float32}.get(cfg.dtype) or getattr(torch, cfg.dtype)
+    fast = device.startswith("cuda") or device == "cpu" and cpu_has_bf16()
+    dtype = {"auto": torch.bfloat16 if fast else torch.float32}.get(cfg.dtype) or getattr(torch, cfg.dtype)
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError):
         raise UserError(f"--device={cfg.device} cannot be used here; use --device=cpu or auto") from None
-    model = Transformer.load(run, device=device, dtype=dtype).eval()
+    model = Transformer.load(run, device=device, dtype=dtype).eval().pack()
     prompt = encode_prompt(text, tokenizer, objective, model.config.n_enc == 0)
     holes = any(i >= tokenizer.first_sentinel for i in prompt)
 

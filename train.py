@@ -10,30 +10,27 @@ The file reads top to bottom: settings, Muon, the files of a run, the one loop (
 """
 import contextlib
 import functools
-import glob
-import json
 import math
 import os
-import platform
 import shutil
 import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from data.cli import UserError, given, parse, script, setting
 from data.corpus import prepare
 from data.objectives import Objective, fill_spans, uniforms
+from data.runs import Log, free_folder, read_record, record
 from data.tokenizer import load_tokenizer
-from model import PRESETS, ModelError, Transformer, make_config, read_config, read_metadata
+from model import PRESETS, ModelError, Transformer, cpu_has_bf16, make_config, read_config, read_metadata
 
 
 @dataclass
@@ -52,14 +49,14 @@ class Settings:
                              ("span", "prefix", "causal", "ul2"))
     noise: float = setting(0.15, "span corruption: share of the text that is hidden")
     mean_span: float = setting(3.0, "span corruption: tokens a hidden span has on average")
-    data: str = setting("pycode", "pycode, pycode-full, a path (.txt, .jsonl, .csv, .parquet, a folder) or a Hub id", type=str)
+    data: str = setting("pycode", "pycode, pycode-full, a path (.txt, .jsonl, .csv, .parquet, a folder) or a Hub id")
     text_col: str = setting("text", "column of the text in .jsonl, .csv, .parquet and Hub data")
     tokenizer: str = setting("bpe", "bpe (trained on the data), gpt2, bytes, or the file or run folder of one")
     vocab_size: int = setting(None, "size of the trained vocabulary, special ids included; default: the preset's", type=int)
     src_len: int = setting(None, "source tokens a row; decoder-only rows hold src_len + tgt_len; default: the preset's", type=int)
     tgt_len: int = setting(None, "target tokens a row; default: the preset's", type=int)
     init_from: str = setting("scratch", "scratch, resume (the run in --out), or a run folder to start from its weights")
-    out: str = setting(None, "run folder; default: a new one in out/", type=str)
+    out: str = setting(None, "run folder; default: a new one in out/")
     max_iters: int = setting(None, "optimizer steps; default: as many as fit into --max_minutes", type=int)
     max_minutes: float = setting(None, "training time; the first steps are timed, then the number of steps is fixed. Compiling "
                                  "and evaluating come on top. Default: the preset's", type=float)
@@ -85,8 +82,8 @@ class Settings:
 
 
 DEFAULTS = {
-    "nano": dict(src_len=256, tgt_len=64, batch_size=32, lr=1e-2, embed_lr=4e-3, warmup_iters=50, schedule="linear", max_minutes=5),
-    "mini": dict(src_len=256, tgt_len=64, batch_size=32, lr=8e-3, embed_lr=4e-3, warmup_iters=50, schedule="linear", max_minutes=20),
+    "nano": dict(src_len=256, tgt_len=64, batch_size=16, lr=1e-2, embed_lr=4e-3, warmup_iters=50, schedule="linear", max_minutes=5),
+    "mini": dict(src_len=256, tgt_len=64, batch_size=16, lr=8e-3, embed_lr=4e-3, warmup_iters=50, schedule="linear", max_minutes=20),
     "small": dict(src_len=512, tgt_len=128, batch_size=64, lr=5e-3, embed_lr=3e-3, warmup_iters=100, schedule="linear", max_minutes=10),
 } | {size: dict(src_len=1024, tgt_len=256, batch_size=32, lr=3e-4, embed_lr=3e-4, warmup_iters=2000, schedule="cosine", max_minutes=600)
      for size in ("330m", "500m", "800m", "1b")}  # the paper's, section 3.3
@@ -229,16 +226,9 @@ class World:
         pays = self.device.type == "cuda" or (self.device.type == "cpu" and minutes > 2 and shutil.which("g++") is not None)
         self.compile = cfg.compile == "true" or (cfg.compile == "auto" and pays)
 
-    @contextlib.contextmanager
     def precision(self):
-        """Around every forward and backward pass. On a CPU in bfloat16, torch's plain attention trains 1.5 to 3 times as
-        fast as its fused one (whose backward pass does not use the bfloat16 units)."""
-        low = self.dtype == torch.bfloat16
-        plain = low and self.device.type == "cpu"
-        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(plain)  # plain attention stays in bfloat16
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=low), \
-                sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext():
-            yield
+        """Around every forward and backward pass."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
     def sum(self, *values):
         """Sums of numbers over all processes."""
@@ -247,6 +237,13 @@ class World:
         total = torch.tensor(values, dtype=torch.float64, device="cpu" if self.device.type == "cpu" else self.device)
         dist.all_reduce(total)
         return tuple(total.tolist())
+
+    def agree(self, value):
+        """The first process's value, for all."""
+        values = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(values)
+        return values[0]
 
     def sum_gradients(self, params):
         """Sums the gradients over all processes, in one message: simpler than overlapping it with the backward pass, and
@@ -275,54 +272,8 @@ class World:
         return 2 * 2048 ** 3 / best
 
 
-def cpu_has_bf16():
-    """Whether this CPU multiplies bfloat16 in hardware (AVX-512 BF16 or AMX); emulated, it is slower than float32."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as f:
-            flags = f.read()
-        return "avx512_bf16" in flags or "amx_bf16" in flags
-    except OSError:
-        return False
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The files of a run
-
-def new_folder(cfg, world):
-    """A fresh run folder: --out, which must not hold a run, or the first free name in out/."""
-    data = os.path.splitext(os.path.basename(cfg.data.rstrip("/")))[0]
-    name = cfg.out or os.path.join("out", f"{cfg.arch}-{cfg.preset}-{data}")
-    number, free = 1, name
-    while glob.glob(os.path.join(free, "*")):
-        if cfg.out:
-            raise UserError(f"--out={cfg.out} is not empty: go on with --init_from=resume, or choose another folder")
-        number += 1
-        free = f"{name}-{number}"
-    cfg.out = free
-    if world.size > 1:  # all processes agree on the first one's choice
-        names = [free]
-        dist.broadcast_object_list(names)
-        cfg.out = names[0]
-
-
-def record(cfg, corpus_hash, config):
-    """What produced this run: command, settings, versions, and the source that ran."""
-    here = os.path.dirname(os.path.abspath(__file__))
-    for path in [*glob.glob(os.path.join(here, "*.py")), *glob.glob(os.path.join(here, "data", "*.py"))]:
-        target = os.path.join(cfg.out, "source", os.path.relpath(path, here))
-        os.makedirs(os.path.dirname(target), exist_ok=True)
-        shutil.copyfile(path, target)
-    versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
-                    machine=f"{platform.machine()}, {os.cpu_count()} cores", threads=torch.get_num_threads())
-    write_json(os.path.join(cfg.out, "run.json"), dict(command=sys.argv, settings=asdict(cfg), versions=versions,
-                                                       corpus=corpus_hash, config=asdict(config)))
-
-
-def write_json(path, value):
-    with open(path + ".new", "w", encoding="utf-8") as f:
-        json.dump(value, f, indent=1)
-    os.replace(path + ".new", path)
-
 
 def sync_file(path):
     with open(path, "rb+") as f:
@@ -366,44 +317,25 @@ def settle(folder):
     return state
 
 
-class Log:
-    """log.jsonl and loss.png. Resuming drops the lines written after the checkpoint."""
-
-    def __init__(self, folder, step):
-        self.path, self.rows = os.path.join(folder, "log.jsonl"), []
-        if os.path.exists(self.path):
-            with open(self.path, encoding="utf-8") as f:
-                for line in f:
-                    with contextlib.suppress(json.JSONDecodeError):  # a line cut off by a kill
-                        self.rows.append(json.loads(line))
-        self.rows = [row for row in self.rows if row["step"] < step + ("val_loss" in row)]
-        with open(self.path + ".new", "w", encoding="utf-8") as f:
-            f.writelines(json.dumps(row) + "\n" for row in self.rows)
-        os.replace(self.path + ".new", self.path)
-
-    def add(self, row):
-        row = {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in row.items()}
-        self.rows.append(row)
-        with open(self.path, "a", encoding="utf-8") as f:
-            f.write(json.dumps(row) + "\n")
-
-    def plot(self):
-        import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-        figure, axes = plt.subplots(figsize=(7, 4))
-        axes.plot(*zip(*[(r["step"], r["loss"]) for r in self.rows if "loss" in r]), lw=0.8, alpha=0.6, label="training")
-        axes.plot(*zip(*[(r["step"], r["val_loss"]) for r in self.rows if "val_loss" in r]), "o-", ms=3, label="held out")
-        axes.set(xlabel="step", ylabel="loss, nats a target token")
-        axes.legend()
-        axes.grid(alpha=0.3)
-        figure.tight_layout()
-        figure.savefig(os.path.join(os.path.dirname(self.path), "loss.png"), dpi=120)
-        plt.close(figure)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The loop
+
+@contextlib.contextmanager
+def catch_signals():
+    """Ctrl-C and SIGTERM are collected in a list, for the loop to see between steps; a second one stops at once."""
+    caught = []
+
+    def note(number, frame):
+        if caught:
+            sys.exit(128 + number)
+        caught.append(number)
+    old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
 
 def run(model, batch_at, loss_of, evaluate, cfg, world, flops_per_row):
     """Trains `model` in cfg.out until cfg.max_iters, and returns the last evaluation.
@@ -433,9 +365,6 @@ def run(model, batch_at, loss_of, evaluate, cfg, world, flops_per_row):
         model.zero_grad(set_to_none=True)
     log = Log(cfg.out, state["step"]) if world.rank == 0 else None
     params, rate, metrics = [p for p in model.parameters() if p.requires_grad], world.rate(), {}
-    stop_signal, old_handlers = [], {}
-    for number in (signal.SIGINT, signal.SIGTERM):
-        old_handlers[number] = signal.signal(number, lambda n, frame: stop_signal.append(n))
 
     def batches(step):
         first = np.arange(cfg.grad_accum) * world.size + world.rank
@@ -452,8 +381,8 @@ def run(model, batch_at, loss_of, evaluate, cfg, world, flops_per_row):
         return cfg.eval_interval or max(1, (cfg.max_iters or 10 ** 9) // 8)
 
     timed = []
-    bar = tqdm(total=cfg.max_iters, initial=state["step"], unit="step", dynamic_ncols=True, disable=world.rank > 0)
-    with ThreadPoolExecutor(1) as ahead:
+    with catch_signals() as stop_signal, ThreadPoolExecutor(1) as ahead, \
+            tqdm(total=cfg.max_iters, initial=state["step"], unit="step", dynamic_ncols=True, disable=world.rank > 0) as bar:
         step, coming = state["step"], ahead.submit(batches, state["step"])
         while True:
             done = cfg.max_iters is not None and step >= cfg.max_iters
@@ -513,12 +442,9 @@ def run(model, batch_at, loss_of, evaluate, cfg, world, flops_per_row):
                 typical = float(np.median(timed[TIMED[0]:]))
                 left = cfg.max_minutes * 60 - state["time_s"]
                 fits = step + int(max(1, left / typical))
-                cfg.max_iters = int(world.sum(fits * (world.rank == 0))[0])
+                cfg.max_iters = world.agree(fits)
                 bar.total = cfg.max_iters
                 say(f"{typical:.3f} s a step: {cfg.max_iters} steps fit into {cfg.max_minutes:g} minutes")
-    bar.close()
-    for number, handler in old_handlers.items():
-        signal.signal(number, handler)
     if interrupted:
         say(f"interrupted; step {step} is saved. Go on with: python {sys.argv[0]} --init_from=resume --out={cfg.out}")
         sys.exit(128 + (stop_signal or [signal.SIGTERM])[0])
@@ -611,11 +537,9 @@ def show_sample(model, tokens, objective, world, say):
 
 def load_run(cfg):
     """The settings of the run in --out, with what the command line may change on resuming: how long, where, how often."""
-    path = os.path.join(cfg.out or "", "run.json")
-    if not cfg.out or not os.path.isfile(path):
-        raise UserError(f"--init_from=resume needs --out=FOLDER of a run; {path} is missing")
-    with open(path, encoding="utf-8") as f:
-        old = json.load(f)
+    if not cfg.out:
+        raise UserError("--init_from=resume needs --out=FOLDER of the run")
+    old = read_record(cfg.out)
     settings = Settings(**old["settings"])
     free = {"init_from", "out", "max_iters", "max_minutes", "eval_interval", "eval_rows", "device", "threads", "compile", "dtype"}
     for name in given():
@@ -676,10 +600,12 @@ def main():
     model.to(world.device)
 
     if cfg.init_from != "resume":
-        new_folder(cfg, world)
+        data = os.path.splitext(os.path.basename(cfg.data.rstrip("/")))[0]
+        name = free_folder(cfg.out or os.path.join("out", f"{cfg.arch}-{cfg.preset}-{data}"), chosen=cfg.out is not None)
+        cfg.out = world.agree(name)
         if world.rank == 0:
             os.makedirs(cfg.out, exist_ok=True)
-            record(cfg, corpus.hash, model.config)
+            record(cfg.out, asdict(cfg), dict(torch=torch.__version__, numpy=np.__version__), corpus=corpus.hash)
             tokenizer.save(cfg.out)
 
     train, val = corpus.splits["train"], corpus.splits["val"]

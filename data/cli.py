@@ -2,6 +2,7 @@
 import argparse
 import dataclasses
 import difflib
+import errno
 import sys
 
 
@@ -22,7 +23,8 @@ def parse(settings_class, description, argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     known = {}
     for field in dataclasses.fields(settings_class):
-        spec, kind = field.metadata, field.metadata["type"] or type(field.default)
+        spec = field.metadata
+        kind = spec["type"] or (str if field.default is None else type(field.default))
         shown = "" if field.default is None else f" [{str(field.default).lower() if kind is bool else field.default}]"
         name = kind.__name__ if not spec["choices"] else "|".join(map(str, spec["choices"]))
         parser.add_argument(f"--{field.name}", metavar=name, default=field.default, type=reader(kind),
@@ -74,3 +76,8 @@ def script(main, *more_errors):
     except BrokenPipeError:  # the reader of our output has left, as `| head` does
         sys.stderr.close()
         sys.exit(141)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        print(f"error: the disk is full ({error.filename or 'while writing'}): free some space and go on", file=sys.stderr)
+        sys.exit(2)

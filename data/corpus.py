@@ -15,7 +15,8 @@ import numpy as np
 from tqdm import tqdm
 
 from data.cli import UserError
-from data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from data.runs import write_json
+from data.tokenizer import load_tokenizer, train_tokenizer
 
 CACHE = os.environ.get("NANOENCDEC_CACHE", os.path.join(os.path.dirname(os.path.abspath(__file__)), "cache"))
 SHARD = 2 ** 26        # tokens
@@ -168,7 +169,7 @@ def tokenize(folder, identity, open_split, tokenizer, vocab_size, log):
         sample = itertools.takewhile(Budget(VOCAB_SAMPLE), open_split("train"))
         tokenizer = train_tokenizer(tqdm(sample, desc="training the vocabulary", unit=" documents"), vocab_size)
     if not os.path.exists(path):
-        write(path, tokenizer.to_json())
+        tokenizer.save(folder)
     tokenizer = load_tokenizer(path)
     counts = {}
     for split in ("train", "val"):
@@ -176,7 +177,7 @@ def tokenize(folder, identity, open_split, tokenizer, vocab_size, log):
         if not counts[split]["tokens"]:
             raise UserError(f"the {split} split of the data is empty: give more text, or files named train and val")
     manifest = dict(vocab_size=tokenizer.vocab_size, tokenizer=tokenizer.hash(), splits=counts, source=identity)
-    write(os.path.join(folder, "manifest.json"), json.dumps(manifest, indent=1))
+    write_json(os.path.join(folder, "manifest.json"), manifest)
 
 
 def tokenize_split(folder, split, open_split, tokenizer):
@@ -199,7 +200,7 @@ def tokenize_split(folder, split, open_split, tokenizer):
             os.fsync(f.fileno())
         os.replace(name + ".new", name)
         state.update(shards=state["shards"] + 1, tokens=state["tokens"] + size)
-        write(state_path, json.dumps(state))
+        write_json(state_path, state)
         shard, size = [], 0
 
     while texts := list(itertools.islice(documents, 64)):
@@ -230,13 +231,6 @@ class Budget:
     def __call__(self, text):
         self.left -= len(text)
         return self.left > -len(text)
-
-
-def write(path, text):
-    """Writes a small file so that it is there whole or not at all."""
-    with open(path + ".new", "w", encoding="utf-8") as f:
-        f.write(text)
-    os.replace(path + ".new", path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

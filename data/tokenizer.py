@@ -11,6 +11,7 @@ import json
 import os
 
 from data.cli import UserError
+from data.runs import write_json
 
 # GPT-4's rule for cutting text into words before merging, with numbers in groups of up to two digits instead of three:
 # a small vocabulary has better uses for its slots. Trainer and encoder share this one string.
@@ -78,16 +79,15 @@ class Tokenizer:
             run = []
         return "".join(parts[:-1])
 
-    def to_json(self):
+    def to_dict(self):
         ranks = None if self.kind == "bytes" else [base64.b64encode(token).decode() for token in self.ranks]
-        return json.dumps({"format": "nanoencdec", "kind": self.kind, "pattern": self.pattern, "ranks": ranks})
+        return {"format": "nanoencdec", "kind": self.kind, "pattern": self.pattern, "ranks": ranks}
 
     def hash(self):
-        return hashlib.sha256(self.to_json().encode()).hexdigest()[:12]
+        return hashlib.sha256(json.dumps(self.to_dict()).encode()).hexdigest()[:12]
 
     def save(self, folder):
-        with open(os.path.join(folder, FILE), "w", encoding="utf-8") as f:
-            f.write(self.to_json())
+        write_json(os.path.join(folder, FILE), self.to_dict())
 
 
 def load_tokenizer(name):

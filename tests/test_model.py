@@ -6,7 +6,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import model as M
-from model import PRESETS, Cache, Config, ModelError, Transformer, count_params, make_config, pick
+from model import Cache, Config, ModelError, Transformer, count_params, make_config, pick
 
 TINY = dict(vocab_size=97, n_embd=32, n_head=4, n_kv_head=2, head_dim=16, n_hidden=48, src_len=24, tgt_len=16)
 

@@ -14,7 +14,7 @@ from conftest import TINY_DEC, TINY_ENC, call, one_line
 from data.tokenizer import Tokenizer
 from model import Config, Transformer
 from sample import Printer, beam_search, encode_prompt
-from test_model import ids, tiny
+from test_model import tiny
 
 BYTES = Tokenizer("bytes")
 

@@ -1,0 +1,90 @@
+"""The files of a run folder that need no torch: its name, what produced it, its log and plot."""
+import contextlib
+import glob
+import json
+import os
+import platform
+import shutil
+import sys
+
+from data.cli import UserError
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def free_folder(name, chosen):
+    """`name` itself, which must not hold a run if the user has `chosen` it; else the first free of name, name-2, name-3 ..."""
+    number, free = 1, name
+    while glob.glob(os.path.join(free, "*")):
+        if chosen:
+            raise UserError(f"--out={name} is not empty: go on with --init_from=resume, or choose another folder")
+        number += 1
+        free = f"{name}-{number}"
+    return free
+
+
+def record(folder, settings, versions, **more):
+    """Writes run.json (command, settings, versions) and copies the source that runs into source/."""
+    for path in [*glob.glob(os.path.join(ROOT, "*.py")), *glob.glob(os.path.join(ROOT, "data", "*.py"))]:
+        target = os.path.join(folder, "source", os.path.relpath(path, ROOT))
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        shutil.copyfile(path, target)
+    versions = dict(python=platform.python_version(), machine=f"{platform.machine()}, {os.cpu_count()} cores", **versions)
+    write_json(os.path.join(folder, "run.json"), dict(command=sys.argv, settings=settings, versions=versions, **more))
+
+
+def read_record(folder):
+    """What run.json holds; UserError if the folder is no run."""
+    path = os.path.join(folder, "run.json")
+    try:
+        with open(path, encoding="utf-8") as f:
+            values = json.load(f)
+        values["settings"]["objective"]
+        return values
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: {folder} is no run folder") from None
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{path} cannot be read: it is damaged or not written by this project") from None
+
+
+def write_json(path, value):
+    """Writes a JSON file so that it is there whole or not at all."""
+    with open(path + ".new", "w", encoding="utf-8") as f:
+        json.dump(value, f, indent=1)
+    os.replace(path + ".new", path)
+
+
+class Log:
+    """log.jsonl and loss.png. Resuming drops the lines written after the checkpoint."""
+
+    def __init__(self, folder, step):
+        self.path, self.rows = os.path.join(folder, "log.jsonl"), []
+        if os.path.exists(self.path):
+            with open(self.path, encoding="utf-8") as f:
+                for line in f:
+                    with contextlib.suppress(json.JSONDecodeError):  # a line cut off by a kill
+                        self.rows.append(json.loads(line))
+        self.rows = [row for row in self.rows if row["step"] < step + ("val_loss" in row)]
+        with open(self.path + ".new", "w", encoding="utf-8") as f:
+            f.writelines(json.dumps(row) + "\n" for row in self.rows)
+        os.replace(self.path + ".new", self.path)
+
+    def add(self, row):
+        row = {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in row.items()}
+        self.rows.append(row)
+        with open(self.path, "a", encoding="utf-8") as f:
+            f.write(json.dumps(row) + "\n")
+
+    def plot(self):
+        import matplotlib
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+        figure, axes = plt.subplots(figsize=(7, 4))
+        axes.plot(*zip(*[(r["step"], r["loss"]) for r in self.rows if "loss" in r]), lw=0.8, alpha=0.6, label="training")
+        axes.plot(*zip(*[(r["step"], r["val_loss"]) for r in self.rows if "val_loss" in r]), "o-", ms=3, label="held out")
+        axes.set(xlabel="step", ylabel="loss, nats a target token")
+        axes.legend()
+        axes.grid(alpha=0.3)
+        figure.tight_layout()
+        figure.savefig(os.path.join(os.path.dirname(self.path), "loss.png"), dpi=120)
+        plt.close(figure)
