@@ -30,8 +30,9 @@ class Settings:
     engine: str = setting("all", "all, or some of encdec, dec, t5 (Hugging Face's, the peer), separated by commas")
     src: int = setting(512, "source tokens a row")
     new: int = setting(128, "speed: tokens generated a row; train: target tokens a row")
-    batch: str = setting(None, "rows at once; train takes several, separated by commas, and keeps the best; default: 1 for speed, "
-                         "8,16,32 for train")
+    batch: str = setting(None, "rows a forward pass; train takes several, separated by commas, and keeps the best; default: 1 for "
+                         "speed, 4,8,16 for train")
+    rows: int = setting(64, "train: rows an optimizer step, accumulated over passes of --batch rows")
     dtype: str = setting("auto", "auto (train: tries both and keeps the best), float32 or bfloat16", ("auto", "float32", "bfloat16"))
     compile: str = setting("auto", "torch.compile of our layers; auto: in train where train.py would, not in speed", ("auto", "true", "false"))
     repeats: int = setting(5, "measurements behind each median")
@@ -77,7 +78,7 @@ def bench_train(cfg):
     dec = make_config(cfg.preset, "dec", src_len=cfg.src, tgt_len=cfg.new)
     precisions = ("float32", "bfloat16") if cfg.dtype == "auto" else (cfg.dtype,)
     trials = [(engine, dtype, int(batch)) for engine in cfg.engine.split(",") for dtype in precisions
-              for batch in (cfg.batch or "8,16,32").split(",")]
+              for batch in (cfg.batch or "4,8,16").split(",")]
     for engine, dtype, batch in tqdm(trials, desc="train"):
         settings, world = train_world(cfg, dtype, cfg.compile if engine != "t5" else "false")
         torch.manual_seed(0)
@@ -93,13 +94,16 @@ def bench_train(cfg):
                 for module in model.compiled_parts():
                     module.compile()
 
+        passes = max(1, cfg.rows // batch)
+
         def step():
-            with world.precision() if engine != "t5" else torch.autocast(world.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-                if engine == "t5":
-                    loss = model(input_ids=src, labels=tgt).loss
-                else:
-                    loss = loss_of(model, (None if engine == "dec" else src, None, tgt, every, 0))[0] / tgt.numel()
-                loss.backward()
+            for _ in range(passes):
+                with world.precision():
+                    if engine == "t5":
+                        loss = model(input_ids=src, labels=tgt).loss
+                    else:
+                        loss = loss_of(model, (None if engine == "dec" else src, None, tgt, every, 0))[0] / tgt.numel()
+                    loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in optimizers:
                 optimizer.step()
@@ -108,16 +112,16 @@ def bench_train(cfg):
         step()
         times = seconds(step, world.device, cfg.repeats)
         typical = statistics.median(times)
-        flops = 3 * batch * Transformer.flops(model if engine != "t5" else Transformer(encdec), cfg.src, tgt.size(1))
-        rows.append(dict(arch="dec" if engine == "dec" else "encdec", split=cfg.split, engine=engine, dtype=dtype, batch=batch,
+        flops = 3 * batch * passes * Transformer.flops(model if engine != "t5" else Transformer(encdec), cfg.src, tgt.size(1))
+        rows.append(dict(arch="dec" if engine == "dec" else "encdec", split=cfg.split, engine=engine, dtype=dtype, batch=batch, rows=batch * passes,
                          src=cfg.src, new=cfg.new, params_m=round(sum(p.numel() for p in model.parameters()) / 1e6, 2),
                          compiled=engine != "t5" and world.compile, step_ms=round(typical * 1e3, 1), spread_ms=round((times[-1] - times[0]) * 1e3, 1),
-                         tok_s=round(batch * (cfg.src + cfg.new) / typical), gflop_s=round(flops / typical / 1e9),
+                         tok_s=round(batch * passes * (cfg.src + cfg.new) / typical), gflop_s=round(flops / typical / 1e9),
                          mfu=round(flops / typical / world.rate(), 3)))
         torch.compiler.reset()
         tqdm.write(json.dumps(rows[-1]), file=sys.stderr)
     best = {engine: max((row for row in rows if row["engine"] == engine), key=lambda row: row["tok_s"]) for engine in cfg.engine.split(",")}
-    table(list(best.values()), ("engine", "dtype", "batch", "compiled", "params_m", "step_ms", "tok_s", "gflop_s", "mfu"))
+    table(list(best.values()), ("engine", "dtype", "batch", "rows", "compiled", "params_m", "step_ms", "tok_s", "gflop_s", "mfu"))
     if "t5" in best and "encdec" in best:
         print(f"encdec / t5, the best of each: {best['encdec']['tok_s'] / best['t5']['tok_s']:.2f} times the tokens/s")
     return rows
@@ -193,13 +197,15 @@ def main():
     for name in cfg.engine.split(","):
         if name not in ("encdec", "dec", "t5"):
             raise UserError(f"--engine={name}: it takes encdec, dec, t5")
-    for name in ("src", "new", "repeats"):
+    for name in ("src", "new", "repeats", "rows"):
         if getattr(cfg, name) < (2 if name == "new" else 1):
             raise UserError(f"--{name}={getattr(cfg, name)} is too small")
     if not all(size.isdigit() and int(size) > 0 for size in (cfg.batch or "1").split(",")):
         raise UserError(f"--batch={cfg.batch} must be positive numbers")
     if command is bench_speed and "," in (cfg.batch or ""):
         raise UserError("speed takes one --batch")
+    if cfg.json:
+        open(cfg.json, "a", encoding="utf-8").close()  # that it can be written should not turn out at the end
     cfg.vocab = PRESETS[cfg.preset]["vocab_size"]
     rows = command(cfg)
     about = machine(cfg.threads)

@@ -108,10 +108,10 @@ def make_config(preset, arch="encdec", split="2/3", n_enc=None, n_dec=None, src_
     shape = dict(qk_norm=small, qkv_bias=small, embed_scale=1 / embed_std(shape["n_embd"])) | shape
     rival = Config(n_enc=0, src_len=0, **shape | dict(tgt_len=src_len + tgt_len)).check()
     if arch == "dec":
-        layers = dict(n_enc=0, n_dec=n_dec or rival.n_dec, src_len=0, tgt_len=src_len + tgt_len)
+        layers = dict(n_enc=0, n_dec=rival.n_dec if n_dec is None else n_dec, src_len=0, tgt_len=src_len + tgt_len)
     else:
         enc, dec = PRESETS[preset]["splits"][split]
-        layers = dict(n_enc=n_enc or enc, n_dec=n_dec or dec, src_len=src_len, tgt_len=tgt_len)
+        layers = dict(n_enc=enc if n_enc is None else n_enc, n_dec=dec if n_dec is None else n_dec, src_len=src_len, tgt_len=tgt_len)
     config = replace(rival, **layers)
     if "n_hidden" in changes:
         return replace(config, n_hidden=changes["n_hidden"]).check()
@@ -167,8 +167,12 @@ def rotate(x, rope):
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
-def cpu_has_bf16():
-    """Whether this CPU multiplies bfloat16 in hardware (AVX-512 BF16 or AMX); emulated, it is slower than float32."""
+def has_bf16(device):
+    """Whether a device multiplies bfloat16 in hardware (a CPU with AVX-512 BF16 or AMX); emulated, it is slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as f:
             flags = f.read()
@@ -347,6 +351,15 @@ def shift_right(tgt, bos_id):
     return torch.cat((torch.full_like(tgt[:, :1], bos_id), tgt[:, :-1]), dim=1)
 
 
+class SummedLoss(nn.Module):
+    """Cross-entropy in nats of logits (B, T, V), summed over the targets (B, T) where loss_mask is True. A module only so
+    that it can be compiled by itself."""
+
+    def forward(self, logits, tgt, loss_mask):
+        labels = tgt.masked_fill(~loss_mask, -100)
+        return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The model
 
@@ -361,6 +374,7 @@ class Transformer(nn.Module):
         self.dec_norm = RMSNorm(cfg.n_embd, cfg.norm_eps)
         self.head = None if cfg.tied else nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
         self.packed_head = None
+        self.loss = SummedLoss()
         self.init_weights()
 
     @torch.no_grad()
@@ -436,8 +450,7 @@ class Transformer(nn.Module):
         encoded = self.encode(src, src_mask) if self.config.n_enc else None
         states = self.decode(shift_right(tgt, self.config.bos_id), encoded, src_mask)
         logits = self.logits(states)
-        labels = tgt.masked_fill(~loss_mask, -100)
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum")
+        loss = self.loss(logits, tgt, loss_mask)
         return logits, loss / loss_mask.sum().clamp(min=1) if reduction == "mean" else loss
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -514,7 +527,7 @@ class Transformer(nn.Module):
         """Once before generating: where this CPU multiplies bfloat16, keeps a second copy of the decoder's matrices in the
         blocks that oneDNN reads fastest, 1.5 times the tokens/s. Changes nothing else; a packed model cannot be trained."""
         weight = self.embed.weight
-        if weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and cpu_has_bf16():
+        if weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and has_bf16(weight.device):
             for module in self.dec.modules():
                 if isinstance(module, nn.Linear):
                     packed = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), None)
@@ -524,7 +537,7 @@ class Transformer(nn.Module):
 
     def compiled_parts(self):
         """What is worth compiling by itself: layers of one kind share their code, so that 48 layers compile as fast as 1."""
-        return [*self.enc, *self.dec]
+        return [*self.enc, *self.dec, self.loss]
 
     # -----------------------------------------------------------------------------------------------------------------
     # Files
@@ -533,8 +546,10 @@ class Transformer(nn.Module):
         """Writes config.json and the weights (named as in the module, tied embeddings once) into a folder. The header
         of the weights carries a checksum and `metadata` (strings)."""
         os.makedirs(folder, exist_ok=True)
-        with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as f:
+        path = os.path.join(folder, "config.json")
+        with open(path + ".new", "w", encoding="utf-8") as f:
             json.dump(asdict(self.config), f, indent=1)
+        os.replace(path + ".new", path)  # whole or not at all
         tensors = {name: p.detach().cpu().contiguous() for name, p in self.state_dict().items()}
         save_file(tensors, os.path.join(folder, weights), metadata={"crc32": checksum(tensors), **metadata})
 

@@ -25,7 +25,7 @@ MASK = "<mask>"
 class Settings:
     run: str = setting(None, "run folder; default: the newest in out/")
     prompt: str = setting(None, "the text to start from; default: standard input. \\n is a line break")
-    max_new_tokens: int = setting(256, "longest answer, in tokens")
+    max_new_tokens: int = setting(None, "longest answer, in tokens; default: what the model was trained for", type=int)
     temperature: float = setting(0.0, "0 takes the likeliest token; higher is more varied")
     top_k: int = setting(0, "draw from the k likeliest tokens; 0 is all")
     top_p: float = setting(1.0, "draw from the fewest tokens that hold this probability together")
@@ -125,10 +125,10 @@ def beam_search(model, prompt, beams, max_new_tokens):
 def main():
     cfg = parse(Settings, __doc__)
     for name in ("max_new_tokens", "beams", "num_samples"):
-        if getattr(cfg, name) < 1:
+        if getattr(cfg, name) is not None and getattr(cfg, name) < 1:
             raise UserError(f"--{name}={getattr(cfg, name)} must be at least 1")
-    if cfg.temperature < 0 or cfg.top_k < 0 or not 0 < cfg.top_p <= 1:
-        raise UserError("--temperature and --top_k must not be negative, --top_p lies above 0 and at most at 1")
+    if not (cfg.temperature == 0 or 0.01 <= cfg.temperature < 100) or cfg.top_k < 0 or not 0 < cfg.top_p <= 1:
+        raise UserError("--temperature is 0 or lies from 0.01 to 100, --top_k must not be negative, --top_p lies above 0 and at most at 1")
     if cfg.num_samples > 1 and cfg.temperature == 0:
         raise UserError(f"--num_samples={cfg.num_samples} at --temperature=0 would print one answer so many times: use --temperature=0.8")
     if cfg.beams > 1 and cfg.temperature > 0:
@@ -141,20 +141,21 @@ def main():
     text = sys.stdin.read() if cfg.prompt is None else cfg.prompt.replace("\\n", "\n")
 
     import torch
-    from model import Transformer, cpu_has_bf16
+    from model import Transformer, has_bf16
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     device = cfg.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    fast = device.startswith("cuda") or device == "cpu" and cpu_has_bf16()
-    dtype = {"auto": torch.bfloat16 if fast else torch.float32}.get(cfg.dtype) or getattr(torch, cfg.dtype)
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError):
         raise UserError(f"--device={cfg.device} cannot be used here; use --device=cpu or auto") from None
+    dtype = {"auto": torch.bfloat16 if has_bf16(torch.device(device)) else torch.float32}.get(cfg.dtype) or getattr(torch, cfg.dtype)
     model = Transformer.load(run, device=device, dtype=dtype).eval().pack()
     prompt = encode_prompt(text, tokenizer, objective, model.config.n_enc == 0)
+    if cfg.max_new_tokens is None:
+        cfg.max_new_tokens = model.config.tgt_len if model.config.n_enc else max(64, model.config.tgt_len - len(prompt))
     holes = any(i >= tokenizer.first_sentinel for i in prompt)
 
     if cfg.beams > 1:

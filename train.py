@@ -17,7 +17,8 @@ import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ from data.corpus import prepare
 from data.objectives import Objective, fill_spans, uniforms
 from data.runs import Log, free_folder, read_record, record
 from data.tokenizer import load_tokenizer
-from model import PRESETS, ModelError, Transformer, cpu_has_bf16, make_config, read_config, read_metadata
+from model import PRESETS, ModelError, Transformer, has_bf16, make_config, read_config, read_metadata
 
 
 @dataclass
@@ -51,6 +52,7 @@ class Settings:
     mean_span: float = setting(3.0, "span corruption: tokens a hidden span has on average")
     data: str = setting("pycode", "pycode, pycode-full, a path (.txt, .jsonl, .csv, .parquet, a folder) or a Hub id")
     text_col: str = setting("text", "column of the text in .jsonl, .csv, .parquet and Hub data")
+    max_tokens: int = setting(0, "stop tokenizing the training text here (a Hub corpus may be far larger); 0 is all of it")
     tokenizer: str = setting("bpe", "bpe (trained on the data), gpt2, bytes, or the file or run folder of one")
     vocab_size: int = setting(None, "size of the trained vocabulary, special ids included; default: the preset's", type=int)
     src_len: int = setting(None, "source tokens a row; decoder-only rows hold src_len + tgt_len; default: the preset's", type=int)
@@ -73,7 +75,7 @@ class Settings:
                             ("cosine", "linear"))
     grad_clip: float = setting(1.0, "largest norm of the gradient; 0 is off")
     eval_interval: int = setting(None, "steps between evaluations, each with a checkpoint; default: an eighth of the run", type=int)
-    eval_rows: int = setting(256, "held-out rows an evaluation; 0 is all of the held-out text, each token once")
+    eval_rows: int = setting(256, "held-out rows an evaluation, evenly spaced; 0 is all of the held-out text, side by side")
     seed: int = setting(1337, "of weights and rows")
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: str = setting("auto", "of the matrix products (weights stay float32)", ("auto", "float32", "bfloat16"))
@@ -95,14 +97,21 @@ def resolve(cfg):
     for name, value in DEFAULTS[cfg.preset].items():
         if getattr(cfg, name) is None and not (name == "max_minutes" and cfg.max_iters):
             setattr(cfg, name, value)
+    for field in fields(cfg):
+        value = getattr(cfg, field.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"--{field.name}={value} must be a finite number")
     cfg.objective = cfg.objective or ("span" if cfg.arch == "encdec" else "causal")
     cfg.vocab_size = cfg.vocab_size or PRESETS[cfg.preset]["vocab_size"]
-    for name in ("batch_size", "grad_accum", "tgt_len", "max_iters", "max_minutes", "warmup_iters", "eval_interval"):
+    for name in ("batch_size", "grad_accum", "tgt_len", "max_iters", "max_minutes", "warmup_iters", "eval_interval", "n_enc", "n_dec",
+                 "n_embd", "n_head", "n_kv_head", "head_dim", "n_hidden", "noise", "vocab_size"):
         if getattr(cfg, name) is not None and getattr(cfg, name) <= 0:
             raise UserError(f"--{name}={getattr(cfg, name)} must be positive")
-    for name in ("src_len", "lr", "embed_lr", "weight_decay", "grad_clip", "eval_rows", "threads"):
+    for name in ("src_len", "lr", "embed_lr", "weight_decay", "grad_clip", "eval_rows", "threads", "seed", "max_tokens"):
         if not getattr(cfg, name) >= 0:
             raise UserError(f"--{name}={getattr(cfg, name)} must not be negative")
+    if cfg.noise >= 1 or cfg.mean_span < 1:
+        raise UserError(f"--noise={cfg.noise} must be below 1 and --mean_span={cfg.mean_span} at least 1")
     if cfg.arch == "dec" and cfg.n_enc:
         raise UserError(f"--n_enc={cfg.n_enc} is for --arch=encdec: a decoder-only model has no encoder")
     return cfg
@@ -210,6 +219,8 @@ class World:
             self.device = torch.device(kind)
             if self.device.type == "cuda" and self.device.index is None:
                 self.device = torch.device("cuda", local)
+            if self.device.type not in ("cpu", "cuda", "mps"):
+                raise RuntimeError
             torch.zeros(1, device=self.device)
         except (RuntimeError, AssertionError, NotImplementedError):
             raise UserError(f"--device={cfg.device} cannot be used here (torch {torch.__version__}, CUDA available: "
@@ -218,8 +229,9 @@ class World:
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")
         if self.size > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-        fast = {"cuda": torch.cuda.is_bf16_supported, "cpu": cpu_has_bf16, "mps": lambda: False}[self.device.type]()
+            # The others wait while the first process tokenizes, which can take hours.
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=timedelta(days=2))
+        fast = has_bf16(self.device)
         self.dtype = {"auto": torch.bfloat16 if fast else torch.float32}.get(cfg.dtype) or getattr(torch, cfg.dtype)
         # Measured on two cores: layers compiled one by one take half a minute once, and train 1.5 times as fast after that.
         minutes = cfg.max_minutes if cfg.max_iters is None else 0
@@ -285,15 +297,17 @@ def save(folder, model, optimizers, state):
     under new names, then train_state.pt is renamed, which is the moment that counts, then the weights. `settle`
     finishes a rename that was cut off. A full disk leaves the old checkpoint and says so."""
     weights, states = os.path.join(folder, "model.safetensors"), os.path.join(folder, "train_state.pt")
+    committed = False
     try:
         model.save(folder, "model.safetensors.new", step=str(state["step"]))
         torch.save(state | dict(optimizers=[o.state_dict() for o in optimizers]), states + ".new")
         sync_file(weights + ".new")
         sync_file(states + ".new")
         os.replace(states + ".new", states)
+        committed = True
         os.replace(weights + ".new", weights)
     except Exception as error:  # OSError, or what torch and safetensors make of one
-        for path in (weights + ".new", states + ".new"):
+        for path in () if committed else (weights + ".new", states + ".new"):
             with contextlib.suppress(OSError):
                 os.remove(path)
         raise UserError(f"saving step {state['step']} to {folder} failed ({str(error).splitlines()[0]}): free some space, then "
@@ -415,13 +429,13 @@ def run(model, batch_at, loss_of, evaluate, cfg, world, flops_per_row):
             loss_sum, targets, seen = world.sum(float(loss_sum), int(targets), seen)
             world.sum_gradients(params)
             loss = loss_sum / max(1, targets)
-            if not math.isfinite(loss):
-                kept = f"the checkpoint of step {state['step']} in {cfg.out} is kept" if state["step"] else "nothing is lost"
-                raise UserError(f"the loss is {loss} at step {step}; {kept}. Lower --lr (now {cfg.lr}) or raise --warmup_iters")
             grads = [p.grad for p in params if p.grad is not None]
             torch._foreach_div_(grads, max(1.0, targets))
-            if cfg.grad_clip:
-                torch.nn.utils.clip_grad_norm_(params, cfg.grad_clip)
+            norm = torch.nn.utils.clip_grad_norm_(params, cfg.grad_clip or math.inf)
+            for what, value in (("loss", loss), ("norm of the gradient", norm.item())):
+                if not math.isfinite(value):  # before it reaches a weight
+                    raise UserError(f"the {what} is {value} at step {step}; the checkpoint of step {state['step']} in {cfg.out} is kept. "
+                                    f"Lower --lr (now {cfg.lr}) or raise --warmup_iters (now {cfg.warmup_iters})")
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
@@ -456,7 +470,7 @@ def run(model, batch_at, loss_of, evaluate, cfg, world, flops_per_row):
 # Pretraining
 
 def to_device(batch, device):
-    return [None if part is None else torch.from_numpy(part).to(device, non_blocking=True) for part in batch]
+    return [None if part is None else torch.from_numpy(part).to(device) for part in batch]
 
 
 def loss_of(model, batch):
@@ -501,7 +515,8 @@ def held_out(model, tokens, objective, cfg, world):
         nll = F.cross_entropy(logits.flatten(0, 1).float(), tgt.flatten(), reduction="none").view_as(tgt)
         text = loss_mask & (tgt < tokenizer.n_text)
         ids = tgt[text].cpu().numpy()
-        sums += [nll[loss_mask].double().sum().item(), loss_mask.sum().item(), nll[text].double().sum().item(), len(ids), length[ids].sum()]
+        nll, loss_mask, text = nll.cpu().double(), loss_mask.cpu(), text.cpu()
+        sums += [nll[loss_mask].sum().item(), loss_mask.sum().item(), nll[text].sum().item(), len(ids), length[ids].sum()]
         counts += np.bincount(ids, minlength=len(counts))
     model.train()
     totals = world.sum(*sums, *counts)
@@ -540,15 +555,20 @@ def load_run(cfg):
     if not cfg.out:
         raise UserError("--init_from=resume needs --out=FOLDER of the run")
     old = read_record(cfg.out)
-    settings = Settings(**old["settings"])
-    free = {"init_from", "out", "max_iters", "max_minutes", "eval_interval", "eval_rows", "device", "threads", "compile", "dtype"}
+    try:
+        settings = Settings(**old["settings"])
+    except TypeError as error:
+        raise UserError(f"{cfg.out}/run.json is of another version of train.py ({error}); {cfg.out}/source has that one") from None
+    if settings.tokenizer not in ("bpe", "gpt2", "bytes"):
+        settings.tokenizer = cfg.out  # its copy: the file it came from may be gone
+    free = {"init_from", "out", "max_iters", "eval_interval", "eval_rows", "device", "threads", "compile", "dtype"}
     for name in given():
         value = getattr(cfg, name)
         if name not in free and value != getattr(settings, name):
             raise UserError(f"--{name}={value} differs from the {getattr(settings, name)} that {cfg.out} was begun with; drop it, or "
                             f"begin a new run from its weights with --init_from={cfg.out}")
         setattr(settings, name, value)
-    return settings, old["corpus"]
+    return settings, old.get("corpus")
 
 
 def main():
@@ -559,8 +579,12 @@ def main():
         parent = read_config(cfg.init_from)
         if (parent.n_enc > 0) != (cfg.arch == "encdec"):
             raise UserError(f"--init_from={cfg.init_from} is a {'encdec' if parent.n_enc else 'dec'} run, not --arch={cfg.arch}")
+        if fixed := {"preset", "split", "n_enc", "n_dec", "n_embd", "n_head", "n_kv_head", "head_dim", "n_hidden"} & set(given()):
+            raise UserError(f"--{min(fixed)} cannot be chosen with --init_from={cfg.init_from}, which has its sizes already")
         if cfg.tokenizer == "bpe":
             cfg.tokenizer = cfg.init_from
+        cfg.src_len = cfg.src_len or parent.src_len or parent.tgt_len * 4 // 5
+        cfg.tgt_len = cfg.tgt_len or (parent.tgt_len if parent.n_enc else parent.tgt_len - cfg.src_len)
     cfg = resolve(cfg)
     if cfg.tokenizer not in ("bpe", "gpt2"):
         load_tokenizer(cfg.tokenizer)
@@ -569,7 +593,7 @@ def main():
 
     if world.size > 1 and world.rank > 0:
         dist.barrier()  # the first process tokenizes
-    corpus = prepare(cfg.data, cfg.tokenizer, cfg.vocab_size, cfg.text_col, say)
+    corpus = prepare(cfg.data, cfg.tokenizer, cfg.vocab_size, cfg.text_col, cfg.max_tokens, say)
     if world.size > 1 and world.rank == 0:
         dist.barrier()
     tokenizer = corpus.tokenizer
@@ -585,12 +609,14 @@ def main():
     if cfg.init_from == "resume":
         if corpus.hash != corpus_hash:
             raise UserError(f"the data has changed since {cfg.out} was begun (or lies on another machine): it cannot be resumed exactly")
-        settle(cfg.out)
+        if world.rank == 0:
+            settle(cfg.out)  # before the others look at the files
+        world.agree(None)
         model = Transformer.load(cfg.out)
     elif cfg.init_from != "scratch":
         model = Transformer.load(cfg.init_from)
-        if model.config.vocab_size != tokenizer.vocab_size:
-            raise UserError(f"{cfg.init_from} has a vocabulary of {model.config.vocab_size}, --tokenizer={cfg.tokenizer} of {tokenizer.vocab_size}")
+        if load_tokenizer(cfg.init_from).hash() != tokenizer.hash():
+            raise UserError(f"--tokenizer={cfg.tokenizer} is not the one that {cfg.init_from} was trained with: leave it out")
     else:
         chosen = {name: getattr(cfg, name) for name in ("n_embd", "n_head", "n_kv_head", "head_dim", "n_hidden")}
         chosen = {name: value for name, value in chosen.items() if value is not None}
@@ -601,8 +627,8 @@ def main():
 
     if cfg.init_from != "resume":
         data = os.path.splitext(os.path.basename(cfg.data.rstrip("/")))[0]
-        name = free_folder(cfg.out or os.path.join("out", f"{cfg.arch}-{cfg.preset}-{data}"), chosen=cfg.out is not None)
-        cfg.out = world.agree(name)
+        name = cfg.out or os.path.join("out", f"{cfg.arch}-{cfg.preset}-{data}")
+        cfg.out = world.agree(free_folder(name, chosen=cfg.out is not None) if world.rank == 0 else None)
         if world.rank == 0:
             os.makedirs(cfg.out, exist_ok=True)
             record(cfg.out, asdict(cfg), dict(torch=torch.__version__, numpy=np.__version__), corpus=corpus.hash)

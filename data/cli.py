@@ -77,7 +77,6 @@ def script(main, *more_errors):
         sys.stderr.close()
         sys.exit(141)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        print(f"error: the disk is full ({error.filename or 'while writing'}): free some space and go on", file=sys.stderr)
+        full = ": free some space and go on" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else ""
+        print(f"error: {error.strerror or error} ({error.filename or 'a file'}){full}", file=sys.stderr)
         sys.exit(2)

@@ -1,7 +1,7 @@
 """Corpora: any text -> documents -> token files on disk, memory-mapped. Needs no torch.
 
 A corpus lies in CACHE/<name>-<hash of all that decides its contents>/ as tokenizer.json, manifest.json and, for each split
-(train, val), shards of at most SHARD tokens: train-00000.bin, train-00001.bin ... Each shard is written under another
+(train, val), shards of about SHARD tokens: train-00000.bin, train-00001.bin ... Each shard is written under another
 name first, and progress.json says how many documents the finished ones hold: tokenizing can be stopped and goes on.
 """
 import glob
@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import sysconfig
 
 import numpy as np
@@ -68,7 +69,8 @@ def split_files(path):
     splits = {"train": [], "val": [], "test": []}
     for file in files:
         name = os.path.basename(file).lower()
-        split = "val" if "val" in name else "test" if "test" in name else "train"
+        words = set(re.split(r"[^a-z]+", name))
+        split = "val" if words & {"val", "valid", "validation", "dev"} else "test" if "test" in words else "train"
         splits["train" if len(files) == 1 else split].append(file)
     if not splits["train"]:
         raise UserError(f"--data={path}: no training files there")
@@ -113,6 +115,8 @@ def held_out(documents, split):
     """One split of documents that come without one."""
     kept = 0
     for number, text in enumerate(documents):
+        if split == "val" and kept >= VAL_MOST:
+            return
         is_val = number % VAL_EVERY == VAL_EVERY - 1 and kept < VAL_MOST
         kept += is_val * len(text) // 3  # about what a token covers: exact counting would need the tokenizer here
         if is_val == (split == "val"):
@@ -150,19 +154,19 @@ def find_source(data, column):
 # ---------------------------------------------------------------------------------------------------------------------
 # Documents -> token files
 
-def prepare(data, tokenizer="bpe", vocab_size=4096, text_col="text", log=print):
-    """The Corpus of --data, tokenized on first use and from the cache after that."""
+def prepare(data, tokenizer="bpe", vocab_size=4096, text_col="text", max_tokens=0, log=print):
+    """The Corpus of --data, tokenized on first use and from the cache after that. max_tokens: of training text; 0 is all."""
     name, identity, open_split = find_source(data, text_col)
     ready = None if tokenizer == "bpe" else load_tokenizer(tokenizer)
-    key = json.dumps([1, identity, f"bpe-{vocab_size}" if ready is None else ready.hash()])
+    key = json.dumps([1, identity, f"bpe-{vocab_size}" if ready is None else ready.hash(), max_tokens])
     folder = os.path.join(CACHE, f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}")
     if not os.path.isfile(os.path.join(folder, "manifest.json")):
         os.makedirs(folder, exist_ok=True)
-        tokenize(folder, identity, open_split, ready, vocab_size, log)
+        tokenize(folder, identity, open_split, ready, vocab_size, max_tokens, log)
     return Corpus(folder)
 
 
-def tokenize(folder, identity, open_split, tokenizer, vocab_size, log):
+def tokenize(folder, identity, open_split, tokenizer, vocab_size, max_tokens, log):
     log(f"tokenizing into {folder} (once)")
     path = os.path.join(folder, "tokenizer.json")
     if tokenizer is None and not os.path.exists(path):
@@ -173,14 +177,14 @@ def tokenize(folder, identity, open_split, tokenizer, vocab_size, log):
     tokenizer = load_tokenizer(path)
     counts = {}
     for split in ("train", "val"):
-        counts[split] = tokenize_split(folder, split, open_split, tokenizer)
+        counts[split] = tokenize_split(folder, split, open_split, tokenizer, max_tokens if split == "train" else 0)
         if not counts[split]["tokens"]:
             raise UserError(f"the {split} split of the data is empty: give more text, or files named train and val")
     manifest = dict(vocab_size=tokenizer.vocab_size, tokenizer=tokenizer.hash(), splits=counts, source=identity)
     write_json(os.path.join(folder, "manifest.json"), manifest)
 
 
-def tokenize_split(folder, split, open_split, tokenizer):
+def tokenize_split(folder, split, open_split, tokenizer, most):
     """Writes the shards of one split, going on behind the last finished one. Documents are separated by eos."""
     state_path = os.path.join(folder, f"progress-{split}.json")
     state = dict(shards=0, documents=0, tokens=0, bytes=0)
@@ -203,7 +207,7 @@ def tokenize_split(folder, split, open_split, tokenizer):
         write_json(state_path, state)
         shard, size = [], 0
 
-    while texts := list(itertools.islice(documents, 64)):
+    while (not most or state["tokens"] + size < most) and (texts := list(itertools.islice(documents, 64))):
         for text, ids in zip(texts, tokenizer.encode_batch(texts)):
             shard.append(np.array([*ids, tokenizer.eos], dtype=token_type(tokenizer)))
             size += len(ids) + 1

@@ -256,16 +256,23 @@ def test_a_full_disk_keeps_the_last_checkpoint(text_file):
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(run_train):
     status, _, err = run_train("--max_iters=40", "--eval_interval=4", "--lr=1e30", "--embed_lr=1e30", "--out=r", "--warmup_iters=1")
-    assert status == 2 and re.search(r"the loss is (nan|inf) at step \d+", one_line(err))
+    assert status == 2 and re.search(r"is (nan|inf) at step \d+; the checkpoint of step \d+ in r is kept", one_line(err))
     Transformer.load("r")
 
 
 def test_starting_from_the_weights_of_a_run(run_train):
     assert run_train("--max_iters=30", "--out=a", "--lr=0.02")[0] == 0
-    status, _, err = run_train("--max_iters=2", "--out=b", "--init_from=a", "--objective=prefix")
+    small = ["--batch_size=4", "--eval_rows=8", "--warmup_iters=2", "--compile=false", "--device=cpu", "--max_iters=2", "--init_from=a"]
+    status, _, err = run_train("--out=b", "--objective=prefix", base=small)
     assert status == 0, err
-    status, _, err = run_train("--max_iters=2", "--init_from=a", base=TINY_DEC)
-    assert status == 2 and "encdec run" in one_line(err)
+    assert json.load(open("b/run.json"))["settings"]["src_len"] == 32  # the parent's
+    os.rename("a", "moved")
+    status, _, err = run_train("--init_from=resume", "--out=b", "--max_iters=4", base=[])
+    assert status == 0, err
+    os.rename("moved", "a")
+    for argv, says in ((["--arch=dec"], "encdec run"), (["--n_embd=64"], "n_embd"), (["--tokenizer=bpe", "--vocab_size=600"], "")):
+        status, _, err = run_train(*argv, "--out=c", base=small)
+        assert (status == 2 and says in one_line(err)) if says else status == 0
 
 
 def test_new_runs_never_touch_old_ones(run_train):
@@ -297,6 +304,12 @@ def test_new_runs_never_touch_old_ones(run_train):
     (["--head_dim=7"], "head_dim"),
     (["--max_iters"], "--max_iters"),
     (["--lr=nan"], "--lr"),
+    (["--seed=-1"], "--seed"),
+    (["--noise=1.5"], "--noise"),
+    (["--mean_span=0"], "--mean_span"),
+    (["--n_embd=0"], "--n_embd"),
+    (["--device=meta"], "--device=meta"),
+    (["--out=/proc/nowhere"], "/proc/nowhere"),
     (["stray"], "stray"),
 ])
 def test_bad_input_is_one_line_and_harms_nothing(run_train, argv, says):
