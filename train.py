@@ -392,7 +392,7 @@ def run(model, batch_at, loss_of, evaluate, cfg, world, flops_per_row):
             dist.barrier()
 
     def interval():
-        return cfg.eval_interval or max(1, (cfg.max_iters or 10 ** 9) // 8)
+        return cfg.eval_interval or math.ceil((cfg.max_iters or 10 ** 9) / 8)
 
     timed = []
     with catch_signals() as stop_signal, ThreadPoolExecutor(1) as ahead, \
