@@ -193,6 +193,7 @@ def attend(q, k, v, mask, causal):
     B, H, T, D = q.shape
     if T > 1 and q.dtype == torch.bfloat16 and q.device.type == "cpu":
         with torch.autocast("cpu", enabled=False):  # which would compute softmax in float32
+            k, v = k.to(q.dtype), v.to(q.dtype)  # a cache keeps the weights' type
             scores = (q * D ** -0.5).reshape(B, k.size(1), -1, D) @ k.mT  # (B, H_kv, H / H_kv * T, S)
             if causal:
                 mask = torch.ones(T, T, dtype=torch.bool).tril()[None, None]

@@ -121,6 +121,35 @@ def test_attention_equals_a_float64_loop():
             close(got[b, t], attention.wo(torch.cat(heads)), 1e-9)
 
 
+@pytest.mark.parametrize("n_kv_head", [1, 2, 4])
+def test_every_path_of_attention_agrees(n_kv_head):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 4, 6, 16), torch.randn(2, n_kv_head, 6, 16), torch.randn(2, n_kv_head, 6, 16)
+    padding = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]]).bool()[:, None, None]
+    triangle = torch.ones(6, 6).tril().bool()[None, None]
+    for mask, causal in ((None, False), (None, True), (padding, False), (padding & triangle, False)):
+        seen = triangle if causal else mask
+        scores = (q @ k.repeat_interleave(4 // n_kv_head, 1).mT / 4).masked_fill(~seen if seen is not None else torch.tensor(False), -torch.inf)
+        wanted = scores.softmax(-1) @ v.repeat_interleave(4 // n_kv_head, 1)
+        close(M.attend(q, k, v, mask, causal), wanted)
+        low = [x.bfloat16() for x in (q, k, v)]  # the CPU's own path
+        close(M.attend(*low, mask, causal).float(), wanted, 0.03)
+        close(M.attend(low[0], k, v, mask, causal).float(), wanted, 0.03)  # a float32 cache under autocast
+        if not causal and (mask is None or mask.size(2) == 1):
+            close(M.attend(q[:, :, :1], k, v, mask, False), wanted[:, :, :1])
+
+
+@pytest.mark.parametrize("arch", ["encdec", "dec"])
+@torch.inference_mode()
+def test_packing_changes_nothing(arch):
+    torch.manual_seed(0)
+    model, prompts = Transformer(make_config("nano", arch)).bfloat16().eval(), [[5, 6, 7], [8, 9]]
+    cache, states = model.prefill(prompts, 3)
+    before = model.logits(states)
+    _, states = model.pack().prefill(prompts, 3)
+    close(model.logits(states), before, 0.02)
+
+
 def test_rope_scores_depend_on_the_distance_alone():
     q, k = torch.randn(2, 1, 1, 1, 16)
 

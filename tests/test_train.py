@@ -107,6 +107,14 @@ def test_a_run_learns_and_leaves_a_whole_folder(run_train, base):
 
 
 @pytest.mark.parametrize("base", [TINY_ENC, TINY_DEC])
+def test_bfloat16(run_train, base):
+    status, _, err = run_train("--max_iters=20", "--lr=0.02", "--out=r", "--dtype=bfloat16", base=base)
+    assert status == 0, err
+    evals = [row["val_loss"] for row in map(json.loads, open("r/log.jsonl")) if "val_loss" in row]
+    assert evals[-1] < evals[0] - 0.5
+
+
+@pytest.mark.parametrize("base", [TINY_ENC, TINY_DEC])
 def test_resuming_equals_not_stopping_bit_for_bit(run_train, monkeypatch, base):
     fixed = ["--max_iters=12", "--eval_interval=4"]
     assert run_train(*fixed, "--out=whole", base=base)[0] == 0
