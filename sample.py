@@ -176,9 +176,5 @@ def main():
 
 
 if __name__ == "__main__":
-    from data.cli import script
-    try:
-        from model import ModelError
-    except ImportError:
-        ModelError = UserError
+    from model import ModelError
     script(main, ModelError)

@@ -355,9 +355,10 @@ def run(model, batch_at, loss_of, evaluate, cfg, world, flops_per_row):
     """Trains `model` in cfg.out until cfg.max_iters, and returns the last evaluation.
 
     batch_at(step, rows) makes the rows with these global numbers: a pure function, on which resuming, accumulation and
-    several processes rest; a batch is a tuple that ends with its number of real tokens. loss_of(model, batch) gives the summed loss of a batch and its number of target tokens; a
-    step's loss is its sum over all micro-batches and processes divided by all their target tokens. evaluate(step)
-    returns a dict with val_loss. Raises UserError when the loss is not finite or a checkpoint cannot be written."""
+    several processes rest; a batch is a tuple that ends with its number of real tokens. loss_of(model, batch) gives the
+    summed loss of a batch and its number of target tokens; a step's loss is its sum over all micro-batches and processes
+    divided by all their target tokens. evaluate(step) returns a dict with val_loss. Raises UserError when the loss or the
+    gradient is not finite, or a checkpoint cannot be written."""
     say = functools.partial(tqdm.write, file=sys.stderr) if world.rank == 0 else lambda text: None
     model.to(world.device)
     optimizers = make_optimizers(model, cfg, world.dtype, say)
