@@ -223,7 +223,7 @@ def test_killed_runs_resume_exactly(text_file):
 
 @pytest.mark.slow
 def test_killed_runs_resume_exactly_twenty_times(text_file):
-    kill_and_resume(20, text_file, random.Random(1), iters=150)
+    kill_and_resume(20, text_file, random.Random(1), iters=40)
 
 
 @pytest.mark.parametrize("moment", ["before_state", "before_weights"])
