@@ -271,15 +271,16 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(cfg.n_embd, cfg.norm_eps)
         self.mlp = MLP(cfg)
 
-    def forward(self, x, rope, mask=None, causal=False, store=None, memory=None, memory_mask=None):
+    def forward(self, x, rope, mask=None, causal=False, store=None, encoded=None, memory=None, memory_mask=None):
         """x (B, T, C). `store(k, v)` puts the new self-attention keys and values into a cache and returns all of them
-        so far. `memory`: cross-attention keys and values of the source."""
+        so far. The source: its states `encoded` (B, S, C), or `memory`, the cross-attention keys and values made of them."""
         h = self.attn_norm(x)
         k, v = self.attn.keys_values(h, rope)
         if store is not None:
             k, v = store(k, v)
         x = x + self.attn(h, k, v, mask, causal, rope)
         if self.cross is not None:
+            memory = memory or self.cross.keys_values(encoded)
             x = x + self.cross(self.cross_norm(x), *memory, mask=memory_mask)
         return x + self.mlp(self.mlp_norm(x))
 
@@ -430,10 +431,9 @@ class Transformer(nn.Module):
         x = self.embed(tokens) * cfg.embed_scale
         for i, block in enumerate(self.dec):
             if cache is None:
-                memory, store = block.cross and block.cross.keys_values(encoded), None
+                x = block(x, rope, mask, causal, None, encoded, None, memory_mask)
             else:
-                memory, store = cache.memory[i], lambda k, v, i=i: cache.store(i, k, v)
-            x = block(x, rope, mask, causal, store, memory, memory_mask)
+                x = block(x, rope, mask, causal, lambda k, v, i=i: cache.store(i, k, v), None, cache.memory[i], memory_mask)
         if cache is not None:
             cache.length += T
         return self.dec_norm(x)
