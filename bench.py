@@ -2,29 +2,45 @@
 
     python bench.py train                     training tokens/s: encoder-decoder, decoder-only, Hugging Face T5 beside them
     python bench.py speed --preset=330m       first token and tokens/s of generating, batch 1, 512 in, 128 out
+    python bench.py quality --run=RUN         scores a run on held-out rows of its task; --data=TASK: on another, or on
+                                              multiple choice (mmlu, arc_easy, arc_challenge), or on text (perplexity)
+    python bench.py compare --data=TASK       trains and scores decoder-only and the three splits, seed by seed
 
-Speeds are medians after a warm-up. A machine's speed drifts: compare rows of one sitting, as ratios.
+`python bench.py COMMAND --help` lists a command's keys. Speeds are medians after a warm-up. A machine's speed drifts: compare rows of one sitting, as ratios.
 """
 import functools
 import json
+import math
 import os
 import platform
+import shlex
+import shutil
 import statistics
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
+from data.choices import is_choice, load_choices
 from data.cli import UserError, parse, script, setting
+from data.corpus import prepare
+from data.metrics import score
+from data.objectives import Objective, pad_rows
+from data.pairs import Pairs
+from data.runs import ROOT, newest_run, read_record
+from data.tasks import load_task
+from data.tokenizer import load_tokenizer
 from model import PRESETS, ModelError, Transformer, make_config
 from train import Settings as TrainSettings
-from train import World, loss_of, make_optimizers, resolve
+from train import Finetuning, World, answers, evenly, held_out, keep_memory, loss_of, make_optimizers, pair_losses, resolve
 
 
 @dataclass
-class Settings:
+class Speed:
     preset: str = setting(None, "size; default: small for train, 330m for speed", tuple(PRESETS))
     split: str = setting("2/3", "the encoder's share of the layers", ("1/3", "1/2", "2/3"))
     engine: str = setting("all", "all, or some of encdec, dec, t5 (Hugging Face's, the peer), separated by commas")
@@ -36,6 +52,42 @@ class Settings:
     dtype: str = setting("auto", "auto (train: tries both and keeps the best), float32 or bfloat16", ("auto", "float32", "bfloat16"))
     compile: str = setting("auto", "torch.compile of our layers; auto: in train where train.py would, not in speed", ("auto", "true", "false"))
     repeats: int = setting(5, "measurements behind each median")
+    device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
+    threads: int = setting(0, "CPU threads; 0 is torch's own choice")
+    json: str = setting(None, "write the rows to this file")
+
+
+@dataclass
+class Quality:
+    run: str = setting(None, "run folder; default: the newest in out/")
+    data: str = setting(None, "a task, mmlu, arc_easy, arc_challenge (or NAME:PATH), or a text; default: what the run was trained on")
+    source_col: str = setting(None, "column of the source; default: the run's, or the task's")
+    target_col: str = setting(None, "column of the target; default: the run's, or the task's")
+    skip_bad: bool = setting(False, "leave out rows that cannot be used, and count them, instead of stopping")
+    eval_split: str = setting("val", "which held-out rows", ("val", "test"))
+    eval_rows: int = setting(0, "how many of them, evenly spaced; 0 is all")
+    batch_size: int = setting(64, "answers made at once")
+    out: str = setting(None, "where the answers go, one JSON object a line, as the ragas library reads them; default: predictions.jsonl in the run folder")
+    device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
+    dtype: str = setting("auto", "of the matrix products", ("auto", "float32", "bfloat16"))
+    threads: int = setting(0, "CPU threads; 0 is torch's own choice")
+    json: str = setting(None, "write the rows to this file")
+
+
+@dataclass
+class Compare:
+    data: str = setting("docstring", "a task, as in train.py")
+    preset: str = setting("nano", "one or more sizes, separated by commas")
+    archs: str = setting("dec,1/3,1/2,2/3", "decoder-only and splits of the encoder-decoder, separated by commas")
+    seeds: int = setting(3, "runs of each, with the seeds 1, 2, 3 ...")
+    equal: str = setting("time", "what all have the same of: time (--max_minutes), tokens (--max_iters), or flops (--max_iters of decoder-only; the "
+                         "others get as many as cost the same)", ("time", "tokens", "flops"))
+    max_minutes: float = setting(4.0, "training time a run, where time is equal")
+    max_iters: int = setting(None, "steps a run, where tokens or flops are equal", type=int)
+    train: str = setting("", "more keys for train.py, in quotes: '--vocab_size=4096 --batch_size=8'")
+    eval_split: str = setting("val", "which held-out rows are scored, all of them; the best checkpoint is chosen on val", ("val", "test"))
+    results: str = setting(None, "file that each finished run is appended to, and whose runs are not run again; default: out/compare-TASK.jsonl")
+    plot: str = setting(None, "draw the task's metric, run by run, into this file")
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
     threads: int = setting(0, "CPU threads; 0 is torch's own choice")
     json: str = setting(None, "write the rows to this file")
@@ -79,7 +131,10 @@ def bench_train(cfg):
     precisions = ("float32", "bfloat16") if cfg.dtype == "auto" else (cfg.dtype,)
     trials = [(engine, dtype, int(batch)) for engine in cfg.engine.split(",") for dtype in precisions
               for batch in (cfg.batch or "4,8,16").split(",")]
+    trials.sort(key=lambda trial: trial[0] != "t5")  # the peer first, before our training script's setting of the allocator
     for engine, dtype, batch in tqdm(trials, desc="train"):
+        if engine != "t5":
+            keep_memory()
         settings, world = train_world(cfg, dtype, cfg.compile if engine != "t5" else "false")
         torch.manual_seed(0)
         model = (peer_t5(encdec) if engine == "t5" else Transformer(dec if engine == "dec" else encdec)).to(world.device)
@@ -164,6 +219,196 @@ def bench_speed(cfg):
     return rows
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Quality
+
+def bench_quality(cfg):
+    cfg.run = cfg.run or newest_run()
+    settings = TrainSettings(**read_record(cfg.run)["settings"])
+    data = cfg.data or settings.data
+    settings.device, settings.dtype, settings.threads, settings.eval_rows = cfg.device, cfg.dtype, cfg.threads, cfg.eval_rows
+    world = World(settings)
+    model, tokenizer = Transformer.load(cfg.run, device=world.device).eval(), load_tokenizer(cfg.run)
+    start = time.perf_counter()
+    if is_choice(data):
+        found = score_choices(model, tokenizer, settings.objective, load_choices(data, cfg.eval_split), cfg, world)
+    elif settings.objective != "seq2seq":
+        corpus = prepare(data, cfg.run, text_col=settings.text_col, log=lambda text: None)
+        objective = Objective(settings.objective, tokenizer, settings.src_len, settings.tgt_len, settings.arch == "dec", settings.noise, settings.mean_span)
+        found = held_out(model, corpus.splits["val"], objective, settings, world)
+        found["perplexity"] = math.exp(found["text_loss"])
+    else:
+        same = data == settings.data
+        columns = (settings.source_col, settings.target_col) if same else (None, None)
+        task = load_task(data, cfg.source_col or columns[0], cfg.target_col or columns[1], cfg.skip_bad)
+        found = score_task(model, tokenizer, task, settings, cfg, world)
+    row = dict(run=cfg.run, data=data, split=cfg.eval_split, seconds=round(time.perf_counter() - start, 1)) | {
+        name: round(value, 4) for name, value in found.items()}
+    table([row], list(row)[1:])
+    return [row]
+
+
+def score_task(model, tokenizer, task, settings, cfg, world):
+    """Metrics, loss and loss with shuffled sources on held-out rows; writes the answers."""
+    rows = task.splits.get(cfg.eval_split)
+    if not rows:
+        raise UserError(f"--eval_split={cfg.eval_split}: {task.name} has no such rows; it has {', '.join(task.splits)}")
+    rows = [rows[i] for i in evenly(len(rows), cfg.eval_rows)]
+    pairs = Pairs(rows, tokenizer, settings.src_len, settings.tgt_len, settings.arch == "dec")
+    every = list(range(len(rows)))
+    texts = answers(model, pairs, every, settings.tgt_len, cfg.batch_size, world)
+    path = cfg.out or os.path.join(cfg.run, "predictions.jsonl")
+    with open(path, "w", encoding="utf-8") as f:
+        for row, text in zip(rows, texts):
+            f.write(json.dumps(dict(user_input=row.get("question", row["source"]), response=text, reference=row["target"],
+                                    retrieved_contexts=[row.get("context", row["source"])]), ensure_ascii=False) + "\n")
+    print(f"{len(rows)} answers in {path}; {pairs.describe()}")
+    return dict(rows=len(rows), **score(task, texts, rows), **pair_losses(model, pairs, every, 32, world))
+
+
+@torch.no_grad()
+def score_choices(model, tokenizer, objective, questions, cfg, world):
+    """Accuracy in percent by log-likelihood: of a choice as it is (acc), and divided by its bytes (acc_norm). A causal or
+    prefix run continues the question with the choice; a span run fills it into a hole behind the question."""
+    questions = [questions[i] for i in evenly(len(questions), cfg.eval_rows)]
+    decoder_only = model.config.n_enc == 0
+    right = np.zeros(2)
+    for question, choices, answer in tqdm(questions, desc="choices"):
+        head = tokenizer.encode(f"Question: {question}\nAnswer:")
+        bodies = tokenizer.encode_batch([" " + choice for choice in choices])
+        if objective in ("span", "ul2"):
+            hole = [tokenizer.sentinel(0)]
+            head, bodies, skip = [*head, *hole, tokenizer.eos], [hole + body for body in bodies], 1
+        else:
+            skip = 0
+        if decoder_only:
+            head = head if objective == "causal" else [*head, tokenizer.sep]
+            bodies, skip = [head + body for body in bodies], len(head) + skip
+        tgt, real = pad_rows([np.array(body) for body in bodies], max(map(len, bodies)), tokenizer.pad)
+        src = None if decoder_only else torch.tensor([head] * len(choices), device=world.device)
+        tgt, mask = torch.from_numpy(tgt).to(world.device), torch.from_numpy(real & (np.arange(real.shape[1]) >= skip)).to(world.device)
+        with world.precision():
+            logits, _ = model(src, None, tgt, mask)
+        logp = logits.float().log_softmax(-1).gather(2, tgt[:, :, None])[:, :, 0].masked_fill(~mask, 0).sum(1).cpu().numpy()
+        size = np.array([len(choice.encode()) for choice in choices])
+        right += [logp.argmax() == answer, (logp / size).argmax() == answer]
+    return dict(rows=len(questions), acc=100 * right[0] / len(questions), acc_norm=100 * right[1] / len(questions),
+                chance=100 * float(np.mean([1 / len(choices) for _, choices, _ in questions])))
+
+
+def bench_compare(cfg):
+    """Each run is train.py and then `bench.py quality`, in processes of their own."""
+    name = cfg.data.replace(":", "-").replace("/", "-")
+    cfg.results = cfg.results or os.path.join("out", f"compare-{name}.jsonl")
+    os.makedirs(os.path.dirname(cfg.results) or ".", exist_ok=True)
+    if (cfg.equal == "time") == (cfg.max_iters is not None):
+        raise UserError("--equal=time takes --max_minutes; --equal=tokens and --equal=flops take --max_iters")
+    budget = f"{cfg.max_minutes:g} min" if cfg.equal == "time" else f"{cfg.max_iters} steps, equal {cfg.equal}"
+    trials = [dict(data=cfg.data, split=cfg.eval_split, preset=preset, arch=arch, seed=seed, budget=budget, train=cfg.train)
+              for seed in range(1, cfg.seeds + 1) for preset in cfg.preset.split(",") for arch in cfg.archs.split(",")]
+    done = read_results(cfg.results)
+    for trial in tqdm(trials, desc="compare", unit="run"):
+        if not any(trial.items() <= row.items() for row in done):
+            done.append(compare_run(cfg, trial, os.path.splitext(cfg.results)[0]))
+            with open(cfg.results, "a", encoding="utf-8") as f:
+                f.write(json.dumps(done[-1]) + "\n")
+    rows = [row for trial in trials for row in done if trial.items() <= row.items()]
+    metric = rows[0]["metric"]
+    summary = []
+    for preset in cfg.preset.split(","):
+        for arch in cfg.archs.split(","):
+            group = [row for row in rows if (row["preset"], row["arch"]) == (preset, arch)]
+            line = dict(preset=preset, arch=arch, runs=len(group))
+            for key in ("params_m", "train_s", "tokens_m", "steps"):
+                line[key] = round(statistics.mean(row[key] for row in group), 2)
+            for key in (metric, *[key for key in group[0] if key in ("exact", "rouge_l", "f1", "val_loss", "shuffled_loss") and key != metric]):
+                values = [row[key] for row in group]
+                line[key] = f"{statistics.mean(values):.2f} ± {statistics.stdev(values) if len(values) > 1 else 0:.2f}"
+            summary.append(line)
+    print(f"{cfg.data}, {cfg.eval_split}, {rows[0]['rows']} rows, {budget} a run; mean ± standard deviation over seeds")
+    table(summary, list(summary[0]))
+    if cfg.plot:
+        plot_compare(rows, metric, cfg)
+    return rows
+
+
+def read_results(path):
+    if not os.path.exists(path):
+        return []
+    with open(path, encoding="utf-8") as f:
+        return [json.loads(line) for line in f if line.endswith("\n")]
+
+
+def compare_run(cfg, trial, folder):
+    """Trains and scores one run; the row of the results file."""
+    out = os.path.join(folder, f"{trial['preset']}-{trial['arch'].replace('/', '')}-{trial['seed']}")
+    shutil.rmtree(out, ignore_errors=True)  # of a sweep that was cut off
+    arch = ["--arch=dec"] if trial["arch"] == "dec" else ["--arch=encdec", f"--split={trial['arch']}"]
+    common = [f"--device={cfg.device}", f"--threads={cfg.threads}"]
+    words = [*arch, f"--preset={trial['preset']}", f"--seed={trial['seed']}", f"--data={cfg.data}", f"--out={out}", *common, *shlex.split(cfg.train)]
+    if cfg.equal == "time":
+        words.append(f"--max_minutes={cfg.max_minutes}")
+    else:
+        words.append(f"--max_iters={cfg.max_iters if cfg.equal == 'tokens' else equal_flops(cfg, words)}")
+    call([os.path.join(ROOT, "train.py"), *words])
+    report = os.path.join(out, "quality.json")
+    call([os.path.join(ROOT, "bench.py"), "quality", f"--run={out}", f"--eval_split={cfg.eval_split}", f"--json={report}", *common])
+    with open(report, encoding="utf-8") as f:
+        scores = json.load(f)["rows"][0]
+    with open(os.path.join(out, "log.jsonl"), encoding="utf-8") as f:
+        log = [json.loads(line) for line in f]
+    model = Transformer.load(out)
+    scores = {key: value for key, value in scores.items() if key not in ("run", "data", "split", "seconds")}
+    metric = next(key for key in scores if key != "rows")
+    return trial | dict(metric=metric, params_m=round(model.num_params() / 1e6, 3), train_s=log[-1]["time_s"], tokens_m=log[-1]["tokens"] / 1e6,
+                        steps=log[-1]["step"], commit=commit()) | scores
+
+
+def equal_flops(cfg, words):
+    """Steps that cost what cfg.max_iters steps of the decoder-only model of the same preset cost."""
+    def step_flops(words):
+        settings = resolve(parse(TrainSettings, "", words))
+        job = Finetuning(settings, World(settings), lambda text: None)
+        chosen = {name: getattr(settings, name) for name in ("n_embd", "n_head", "n_kv_head", "head_dim", "n_hidden") if getattr(settings, name)}
+        config = make_config(settings.preset, settings.arch, settings.split, settings.n_enc, settings.n_dec, vocab_size=job.tokenizer.vocab_size, **chosen)
+        return Transformer(config).flops(*job.lengths) * len(job.pairs["train"]) / len(job.order.plan(0))
+    rival = ["--arch=dec" if word.startswith("--arch=") else word for word in words if not word.startswith("--split=")]
+    return max(1, round(cfg.max_iters * step_flops(rival) / step_flops(words)))
+
+
+def call(words):
+    done = subprocess.run([sys.executable, *words], stdout=subprocess.DEVNULL)
+    if done.returncode:
+        raise UserError(f"{' '.join(words)} ended with status {done.returncode}; what it said stands above")
+
+
+def commit():
+    done = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    return done.stdout.strip() or None
+
+
+def plot_compare(rows, metric, cfg):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(figsize=(6, 4))
+    archs, presets = cfg.archs.split(","), cfg.preset.split(",")
+    for k, preset in enumerate(presets):
+        values = [[row[metric] for row in rows if (row["preset"], row["arch"]) == (preset, arch)] for arch in archs]
+        at = np.arange(len(archs)) + 0.15 * (k - (len(presets) - 1) / 2)
+        axes.errorbar(at, [np.mean(v) for v in values], [np.std(v) for v in values], fmt="s", ms=6, capsize=4, label=preset)
+        for x, v in zip(at, values):
+            axes.plot([x] * len(v), v, "k.", ms=4, alpha=0.5)
+    axes.set_xticks(range(len(archs)), archs)
+    axes.set(ylabel=metric, xlabel="decoder-only, and the encoder's share of the layers", title=cfg.data)
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(cfg.plot, dpi=120)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
 def table(rows, columns):
     cells = [columns] + [[str(row[column]) for column in columns] for row in rows]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
@@ -180,19 +425,11 @@ def machine(threads):
     return dict(cpu=name, cores=os.cpu_count(), threads=torch.get_num_threads(), gpu=gpu, torch=torch.__version__, python=platform.python_version())
 
 
-COMMANDS = {"train": bench_train, "speed": bench_speed}
+COMMANDS = {"train": (Speed, bench_train), "speed": (Speed, bench_speed), "quality": (Quality, bench_quality), "compare": (Compare, bench_compare)}
 
 
-def main():
-    words = sys.argv[1:]
-    if not words or words[0] not in COMMANDS:
-        if not {"--help", "-h"} & set(words):
-            raise UserError(f"the first word is one of {', '.join(COMMANDS)}; --help tells more")
-    else:
-        words = words[1:]
-    cfg = parse(Settings, __doc__, words)
-    command = COMMANDS[sys.argv[1]]
-    cfg.preset = cfg.preset or ("small" if command is bench_train else "330m")
+def check_speed(cfg, word):
+    cfg.preset = cfg.preset or ("small" if word == "train" else "330m")
     cfg.engine = {"all": "encdec,dec,t5"}.get(cfg.engine, cfg.engine)
     for name in cfg.engine.split(","):
         if name not in ("encdec", "dec", "t5"):
@@ -202,11 +439,34 @@ def main():
             raise UserError(f"--{name}={getattr(cfg, name)} is too small")
     if not all(size.isdigit() and int(size) > 0 for size in (cfg.batch or "1").split(",")):
         raise UserError(f"--batch={cfg.batch} must be positive numbers")
-    if command is bench_speed and "," in (cfg.batch or ""):
+    if word == "speed" and "," in (cfg.batch or ""):
         raise UserError("speed takes one --batch")
+    cfg.vocab = PRESETS[cfg.preset]["vocab_size"]
+
+
+def check_compare(cfg):
+    for name, known in (("preset", PRESETS), ("archs", ("dec", "1/3", "1/2", "2/3"))):
+        if bad := [value for value in getattr(cfg, name).split(",") if value not in known]:
+            raise UserError(f"--{name}={bad[0]}: it takes {', '.join(known)}, separated by commas")
+    if cfg.seeds < 1:
+        raise UserError(f"--seeds={cfg.seeds} must be at least 1")
+
+
+def main():
+    words = sys.argv[1:]
+    if not words or words[0] not in COMMANDS:
+        if not {"--help", "-h"} & set(words):
+            raise UserError(f"the first word is one of {', '.join(COMMANDS)}; --help tells more")
+        print(__doc__)
+        return
+    kind, command = COMMANDS[words[0]]
+    cfg = parse(kind, __doc__, words[1:])
+    if kind is Speed:
+        check_speed(cfg, words[0])
+    if kind is Compare:
+        check_compare(cfg)
     if cfg.json:
         open(cfg.json, "a", encoding="utf-8").close()  # that it can be written should not turn out at the end
-    cfg.vocab = PRESETS[cfg.preset]["vocab_size"]
     rows = command(cfg)
     about = machine(cfg.threads)
     print(", ".join(f"{key} {value}" for key, value in about.items()))

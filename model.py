@@ -555,8 +555,10 @@ class Transformer(nn.Module):
         save_file(tensors, os.path.join(folder, weights), metadata={"crc32": checksum(tensors), **metadata})
 
     @classmethod
-    def load(cls, folder, weights="model.safetensors", device="cpu", dtype=None):
-        """The model of a folder that `save` wrote. Raises ModelError naming what is missing, altered or does not fit."""
+    def load(cls, folder, weights=None, device="cpu", dtype=None):
+        """The model of a folder that `save` wrote, with the weights that did best where training kept them apart from the
+        last ones. Raises ModelError naming what is missing, altered or does not fit."""
+        weights = weights or ("best.safetensors" if os.path.exists(os.path.join(folder, "best.safetensors")) else "model.safetensors")
         config, path = read_config(folder), os.path.join(folder, weights)
         if not os.path.isfile(path):
             raise ModelError(f"{path} is missing: is {folder} a finished run folder?")

@@ -4,18 +4,16 @@
     python sample.py --run=out/dec-nano-pycode --prompt="import os" --temperature=0.8 --num_samples=3
     cat file.py | python sample.py                                           the newest run, prompt from standard input
 
-A span-trained model reads <mask> as a hole and prints the whole text with the holes filled; a causal or prefix one goes
-on where the prompt ends. A prompt without <mask> gets one at its end.
+A span-trained model reads <mask> as a hole and prints the whole text with the holes filled (a prompt without <mask> gets
+one at its end); a causal or prefix one goes on where the prompt ends; one trained on a task prints its answer.
 """
 import codecs
-import glob
-import os
 import sys
 from dataclasses import dataclass
 
 from data.cli import UserError, parse, script, setting
 from data.objectives import fill_spans
-from data.runs import read_record
+from data.runs import newest_run, read_record
 from data.tokenizer import N_SENTINELS, load_tokenizer
 
 MASK = "<mask>"
@@ -31,17 +29,12 @@ class Settings:
     top_p: float = setting(1.0, "draw from the fewest tokens that hold this probability together")
     beams: int = setting(1, "beam search with so many beams, instead of drawing")
     num_samples: int = setting(1, "answers to the prompt; the first streams, more are printed when done")
+    show_attention: str = setting(None, "draw what the answer looked at in its source into this picture: FILE.png")
+    attention_layer: int = setting(None, "decoder layer for that, from 0; default: the mean over all of them (and over their heads)", type=int)
     seed: int = setting(1337, "of the draws")
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: str = setting("auto", "of weights and states; auto: bfloat16 where the device has it", ("auto", "float32", "bfloat16"))
     threads: int = setting(0, "CPU threads; 0 is torch's own choice")
-
-
-def newest_run():
-    runs = glob.glob(os.path.join("out", "*", "model.safetensors"))
-    if not runs:
-        raise UserError("there is no run in out/ yet: python train.py --arch=encdec makes one in minutes, or name one with --run")
-    return os.path.dirname(max(runs, key=os.path.getmtime))
 
 
 def encode_prompt(text, tokenizer, objective, decoder_only):
@@ -58,17 +51,20 @@ def encode_prompt(text, tokenizer, objective, decoder_only):
         ids = tokenizer.encode(text)
     if not ids:
         raise UserError("the prompt is empty")
+    if objective == "seq2seq":
+        ids.append(tokenizer.eos)
     return ids + [tokenizer.sep] * (decoder_only and objective != "causal")
 
 
 class Printer:
-    """Streams an answer. Where the prompt has holes, the text between them is printed as each hole is reached."""
+    """Streams an answer, behind its prompt unless that is a source of its own (`alone`). Where the prompt has holes, the text
+    between them is printed as each hole is reached."""
 
-    def __init__(self, prompt, tokenizer, holes):
+    def __init__(self, prompt, tokenizer, holes, alone=False):
         self.tokenizer, self.decoder = tokenizer, codecs.getincrementaldecoder("utf-8")("replace")
         self.source = [i for i in prompt if i < tokenizer.n_text or i >= tokenizer.first_sentinel] if holes else []
         self.holes = holes
-        if not holes:
+        if not holes and not alone:
             self.write([i for i in prompt if i < tokenizer.n_text])
 
     def write(self, ids):
@@ -122,6 +118,43 @@ def beam_search(model, prompt, beams, max_new_tokens):
     return max(finished, key=lambda pair: pair[0])[1]
 
 
+def cross_attention(model, source, answer):
+    """What each token of an answer looked at in its source: (layers, heads, len(answer), len(source)), rows summing to 1.
+    Row t is the step that chose answer[t]. Worked out again from what goes into each cross-attention."""
+    import torch
+    maps, hooks = [], []
+
+    def note(attention, inputs, kwargs, output):
+        x, keys, values = inputs
+        q = attention.q_norm(attention.wq(x).unflatten(-1, (attention.n_head, attention.head_dim))).transpose(1, 2)
+        keys = keys.repeat_interleave(attention.n_head // attention.n_kv_head, dim=1)
+        maps.append((q.float() @ keys.float().mT * attention.head_dim ** -0.5).softmax(-1)[0])
+    for block in model.dec:
+        hooks.append(block.cross.register_forward_hook(note, with_kwargs=True))
+    device = model.embed.weight.device
+    with torch.inference_mode():
+        model.decode(torch.tensor([[model.config.bos_id, *answer[:-1]]], device=device), model.encode(torch.tensor([source], device=device)))
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(maps)
+
+
+def draw_attention(weights, source, answer, tokenizer, path):
+    """weights (len(answer), len(source)) as a picture."""
+    import matplotlib
+    matplotlib.use("Agg")
+    matplotlib.rcParams["text.parse_math"] = False  # a dollar sign is a dollar sign
+    import matplotlib.pyplot as plt
+    labels = [[(tokenizer.name_of(i) or tokenizer.decode([i])).replace("\n", "\\n").replace("\t", "\\t") for i in ids] for ids in (source, answer)]
+    figure, axes = plt.subplots(figsize=(2 + 0.16 * len(source), 1.5 + 0.16 * len(answer)))
+    axes.imshow(weights, cmap="Greys", aspect="auto", vmin=0)
+    axes.set_xticks(range(len(source)), labels[0], rotation=90, fontsize=7, family="monospace")
+    axes.set_yticks(range(len(answer)), labels[1], fontsize=7, family="monospace")
+    axes.set(xlabel="source", ylabel="answer")
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    plt.close(figure)
+
+
 def main():
     cfg = parse(Settings, __doc__)
     for name in ("max_new_tokens", "beams", "num_samples"):
@@ -139,6 +172,7 @@ def main():
         print(f"{run} ({objective}); type a prompt" + (f" with {MASK} for holes" if objective == "span" else "") +
               ", end it with Ctrl-D", file=sys.stderr)
     text = sys.stdin.read() if cfg.prompt is None else cfg.prompt.replace("\\n", "\n")
+    text = text.strip() if objective == "seq2seq" else text
 
     import torch
     from model import Transformer, has_bf16
@@ -152,7 +186,11 @@ def main():
     except (RuntimeError, AssertionError):
         raise UserError(f"--device={cfg.device} cannot be used here; use --device=cpu or auto") from None
     dtype = {"auto": torch.bfloat16 if has_bf16(torch.device(device)) else torch.float32}.get(cfg.dtype) or getattr(torch, cfg.dtype)
-    model = Transformer.load(run, device=device, dtype=dtype).eval().pack()
+    model = Transformer.load(run, device=device, dtype=dtype).eval()
+    if cfg.show_attention and (not model.config.n_enc or not 0 <= (cfg.attention_layer or 0) < model.config.n_dec):
+        raise UserError(f"--show_attention: {run} is decoder-only and has no source apart" if not model.config.n_enc else
+                        f"--attention_layer={cfg.attention_layer}: {run} has the decoder layers 0 to {model.config.n_dec - 1}")
+    model.pack()
     prompt = encode_prompt(text, tokenizer, objective, model.config.n_enc == 0)
     if cfg.max_new_tokens is None:
         cfg.max_new_tokens = model.config.tgt_len if model.config.n_enc else max(64, model.config.tgt_len - len(prompt))
@@ -164,15 +202,21 @@ def main():
         steps = list(model.generate([prompt] * cfg.num_samples, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, cfg.seed))
         answers = [[step[b] for step in steps if step[b] is not None] for b in range(cfg.num_samples)]
     else:
-        printer = Printer(prompt, tokenizer, holes)
+        answers, printer = [[]], Printer(prompt, tokenizer, holes, objective == "seq2seq")
         for step in model.generate([prompt], cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, cfg.seed):
             printer.add(step[0])
-        return printer.finish()
-    for number, answer in enumerate(answers):
+            answers[0].append(step[0])
+        printer.finish()
+    for number, answer in enumerate(answers if cfg.beams > 1 or cfg.num_samples > 1 else []):
         if number:
             print("-" * 80)
-        pieces = fill_spans(prompt, answer, tokenizer) if holes else [(prompt + answer, True)]
+        pieces = fill_spans(prompt, answer, tokenizer) if holes else [(answer if objective == "seq2seq" else prompt + answer, True)]
         print(tokenizer.decode([i for ids, _ in pieces for i in ids]))
+    if cfg.show_attention:
+        answer = answers[0] + [tokenizer.eos]
+        weights = cross_attention(model, prompt, answer).mean(1)  # (layers, answer, source)
+        weights = weights.mean(0) if cfg.attention_layer is None else weights[cfg.attention_layer]
+        draw_attention(weights.cpu().numpy(), prompt, answer, tokenizer, cfg.show_attention)
 
 
 if __name__ == "__main__":

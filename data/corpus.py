@@ -82,8 +82,8 @@ def split_files(path):
     return splits, kinds.pop()
 
 
-def open_dataset(kind, files, column, skip=0):
-    """Texts of local files or a Hub data set, streamed through the `datasets` library."""
+def open_rows(kind, files):
+    """Rows (dicts) of local files or a Hub data set, streamed through the `datasets` library."""
     import datasets
     datasets.disable_progress_bars()
     try:
@@ -92,23 +92,25 @@ def open_dataset(kind, files, column, skip=0):
         else:
             more = dict(sample_by="document") if kind == "text" else {}
             rows = datasets.load_dataset(kind, data_files=files, split="train", streaming=True, **more)
-        columns = rows.column_names or list(next(iter(rows), {}))
-        if column not in columns:
-            raise UserError(f"there is no column {column!r} in {kind if isinstance(files, str) else files[0]}; it has "
-                            f"{', '.join(columns) or 'none'}: choose with --text_col")
-        for row in rows.skip(skip):
-            if not isinstance(row[column], str):
-                raise UserError(f"column {column!r} holds {type(row[column]).__name__}, not text: choose with --text_col")
-            if row[column]:
-                yield row[column]
-    except UserError:
-        raise
+        yield from rows
     except (ConnectionError, FileNotFoundError, datasets.exceptions.DatasetNotFoundError) as error:
         raise UserError(f"--data={kind} is neither a built-in name (pycode, pycode-full) nor a path here, and as a Hub data "
                         f"set it could not be reached ({type(error).__name__}); to use a local copy, pass its path") from None
     except Exception as error:  # the readers behind `datasets` raise their own kinds for broken files
         first = str(error.__cause__ or error).splitlines()
         raise UserError(f"reading {files} failed: {first[0] if first else type(error).__name__}") from None
+
+
+def open_texts(kind, files, column):
+    """One column of those rows: texts that are not empty."""
+    for row in open_rows(kind, files):
+        if column not in row:
+            raise UserError(f"there is no column {column!r} in {kind if isinstance(files, str) else files[0]}; it has "
+                            f"{', '.join(row) or 'none'}: choose with --text_col")
+        if not isinstance(row[column], str):
+            raise UserError(f"column {column!r} holds {type(row[column]).__name__}, not text: choose with --text_col")
+        if row[column]:
+            yield row[column]
 
 
 def held_out(documents, split):
@@ -143,12 +145,12 @@ def find_source(data, column):
         name = os.path.basename(os.path.abspath(data))
         column = "text" if kind == "text" else column
         if splits["val"]:
-            return name, identity, lambda split: open_dataset(kind, splits[split], column)
+            return name, identity, lambda split: open_texts(kind, splits[split], column)
         rule = last_tenth if kind == "text" and len(used) == 1 else held_out
-        return name, identity, lambda split: rule(open_dataset(kind, splits["train"], column), split)
+        return name, identity, lambda split: rule(open_texts(kind, splits["train"], column), split)
     if data.startswith((".", "/", "~")) or os.path.splitext(data)[1] in (*LOADERS, ".txt") or data.count("/") != 1:
         raise UserError(f"--data={data}: no such file or folder, and no built-in name (pycode, pycode-full)")
-    return data.replace("/", "--"), [data, column], lambda split: held_out(open_dataset(data, "train", column), split)
+    return data.replace("/", "--"), [data, column], lambda split: held_out(open_texts(data, "train", column), split)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -47,6 +47,13 @@ def read_record(folder):
         raise UserError(f"{path} cannot be read: it is damaged or not written by this project") from None
 
 
+def newest_run():
+    runs = glob.glob(os.path.join("out", "*", "model.safetensors"))
+    if not runs:
+        raise UserError("there is no run in out/ yet: python train.py --arch=encdec makes one in minutes, or name one with --run")
+    return os.path.dirname(max(runs, key=os.path.getmtime))
+
+
 def write_json(path, value):
     """Writes a JSON file so that it is there whole or not at all."""
     with open(path + ".new", "w", encoding="utf-8") as f:

@@ -11,6 +11,7 @@ import torch
 import sample
 import train
 from conftest import TINY_DEC, TINY_ENC, call, one_line
+from data.runs import newest_run
 from data.tokenizer import Tokenizer
 from model import Config, Transformer
 from sample import Printer, beam_search, encode_prompt
@@ -75,7 +76,7 @@ def test_the_newest_run_and_standard_input(talk, monkeypatch):
     make_run("out/old", "causal", "dec")
     make_run("out/new", "causal", "dec")
     os.utime("out/old/model.safetensors", (1, 1))
-    assert sample.newest_run() == os.path.join("out", "new")
+    assert newest_run() == os.path.join("out", "new")
     monkeypatch.setattr(sys, "stdin", io.StringIO("from a pipe"))
     status, out, _ = talk("--max_new_tokens=2")
     assert status == 0 and out.startswith("from a pipe")
@@ -124,3 +125,33 @@ def test_a_trained_run_answers(monkeypatch, capsys, text_file):
         assert call(train.main, [*base, f"--data={text_file}", "--max_iters=3"], monkeypatch, capsys)[0] == 0
         status, out, err = call(sample.main, ["--prompt=abc <mask> d", "--max_new_tokens=4"], monkeypatch, capsys)
         assert status == 0 and out.startswith("abc "), err
+
+
+def test_a_task_run_prints_its_answer_alone(talk):
+    make_run("out/a", "seq2seq")
+    assert encode_prompt("ab", BYTES, "seq2seq", False) == [97, 98, BYTES.eos]
+    assert encode_prompt("ab", BYTES, "seq2seq", True) == [97, 98, BYTES.eos, BYTES.sep]
+    outs = [talk("--prompt= question \\n", "--max_new_tokens=4", *more)[1] for more in ([], ["--beams=1"])]
+    assert outs[0] == outs[1] and "question" not in outs[0]
+
+
+def test_attention_is_what_the_model_computes(talk, monkeypatch):
+    """The drawn weights, put on the values by hand, give the output of every cross-attention."""
+    model = tiny("encdec", n_head=4, n_kv_head=2)
+    source, answer = [5, 6, 7, 8, 9], [10, 11, 12]
+    seen = []
+    hooks = [block.cross.register_forward_hook(lambda module, inputs, output: seen.append((module, inputs, output))) for block in model.dec]
+    weights = sample.cross_attention(model, source, answer)
+    [hook.remove() for hook in hooks]
+    assert weights.shape == (len(model.dec), 4, 3, 5) and torch.allclose(weights.sum(-1), torch.ones(1))
+    for layer, (module, (x, keys, values), output) in zip(weights, seen):
+        y = layer @ values.repeat_interleave(2, dim=1)[0]
+        assert torch.allclose(module.wo(y.transpose(0, 1).flatten(1)), output[0], atol=1e-5)
+    make_run("out/a", "seq2seq")
+    status, _, err = talk("--prompt=a $x$ b", "--max_new_tokens=4", "--show_attention=a.png")
+    assert status == 0 and os.path.getsize("a.png") > 1000, err
+    status, _, err = talk("--prompt=a", "--show_attention=a.png", "--attention_layer=7")
+    assert status == 2 and "--attention_layer=7" in one_line(err)
+    make_run("out/b", "causal", "dec")
+    status, _, err = talk("--run=out/b", "--prompt=a", "--show_attention=a.png")
+    assert status == 2 and "decoder-only" in one_line(err)

@@ -1,0 +1,131 @@
+"""bench.py: scoring a run, and the comparison of the architectures, on tiny runs."""
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+
+import bench
+import train
+from bench import score_choices
+from conftest import TINY_DEC, TINY_ENC, call, one_line
+from data.choices import load_choices
+from data.tokenizer import Tokenizer
+from test_model import tiny
+from test_tasks import copy_task, write
+
+
+@pytest.fixture
+def run_task(tmp_path, monkeypatch, capsys):
+    """A run of a few steps on the copying task."""
+    status, _, err = call(train.main, [*TINY_ENC, f"--data={copy_task(tmp_path)}", "--objective=seq2seq", "--max_iters=4", "--out=run"], monkeypatch, capsys)
+    assert status == 0, err
+    return "run"
+
+
+def test_quality_writes_answers_and_scores(run_task, monkeypatch, capsys):
+    status, out, err = call(bench.main, ["quality", "--run=run", "--json=q.json", "--threads=1"], monkeypatch, capsys)
+    assert status == 0 and "rouge_l" in out, err
+    rows = [json.loads(line) for line in open("run/predictions.jsonl")]
+    assert len(rows) == 20 and set(rows[0]) == {"user_input", "response", "reference", "retrieved_contexts"}  # what ragas reads
+    scores = json.load(open("q.json"))["rows"][0]
+    logged = [json.loads(line) for line in open("run/log.jsonl")]
+    best = max((row for row in logged if "rouge_l" in row), key=lambda row: row["rouge_l"])
+    assert scores["val_loss"] > 0 and scores["rows"] == 20 and best["rouge_l"] >= 0
+
+
+def test_quality_on_text(text_file, monkeypatch, capsys):
+    call(train.main, [*TINY_DEC, f"--data={text_file}", "--max_iters=3", "--out=run"], monkeypatch, capsys)
+    status, out, err = call(bench.main, ["quality", "--run=run", "--json=q.json", "--threads=1"], monkeypatch, capsys)
+    assert status == 0, err
+    scores = json.load(open("q.json"))["rows"][0]
+    assert scores["perplexity"] == pytest.approx(np.exp(scores["text_loss"]), rel=1e-3) and scores["perplexity"] < 600
+
+
+def test_quality_bad_input(run_task, monkeypatch, capsys):
+    for argv, says in [(["--run=nowhere"], "nowhere"), (["--eval_split=test"], "it has train, val"), (["--data=squad:nowhere"], "no such file"),
+                       (["--data=arc_easy:nowhere"], "no such file")]:
+        status, _, err = call(bench.main, ["quality", "--run=run", *argv], monkeypatch, capsys)
+        assert status == 2 and says in one_line(err)
+
+
+ARC = dict(id="1", question="Which?", choices=dict(text=["red", "blue sky"], label=["A", "B"]), answerKey="B")
+MMLU = dict(question="Which?", subject="x", choices=["red", "blue sky"], answer=1)
+
+
+def test_choices_in_both_forms(tmp_path):
+    for name, record in (("arc_easy", ARC), ("mmlu", MMLU)):
+        path = write(tmp_path / f"{name}.jsonl", json.dumps(record) + "\n")
+        assert load_choices(f"{name}:{path}") == [("Which?", ["red", "blue sky"], 1)]
+
+
+@pytest.mark.parametrize("objective, arch", [("span", "encdec"), ("prefix", "encdec"), ("causal", "dec"), ("span", "dec")])
+def test_choices_are_scored_by_their_likelihood(objective, arch):
+    """Against one sequence at a time: log-probability of the choice's own tokens, given all before."""
+    tok = Tokenizer("bytes")
+    model = tiny(arch, vocab_size=tok.vocab_size, pad_id=tok.pad, bos_id=tok.bos, eos_id=tok.eos)
+    questions = [("Which one?", ["red", "a blue sky", "x"], 0), ("And?", ["yes", "no"], 1)]
+    wins = np.zeros(2)
+    for question, choices, answer in questions:
+        scores = []
+        for choice in choices:
+            head, body = tok.encode(f"Question: {question}\nAnswer:"), tok.encode(" " + choice)
+            start = 0
+            if objective == "span":
+                head, body, start = head + [tok.sentinel(0), tok.eos], [tok.sentinel(0)] + body, 1
+            if arch == "dec":
+                head = head if objective == "causal" else head + [tok.sep]
+                body, start, encoded = head + body, len(head) + start, None
+            else:
+                encoded = model.encode(torch.tensor([head]))
+            logp = model.logits(model.decode(torch.tensor([[tok.bos, *body[:-1]]]), encoded)).log_softmax(-1)[0]
+            scores.append(sum(logp[t, body[t]].item() for t in range(start, len(body))))
+        wins += [np.argmax(scores) == answer, np.argmax([s / len(c) for s, c in zip(scores, choices)]) == answer]
+
+    class World:
+        device = torch.device("cpu")
+        precision = staticmethod(torch.no_grad)
+
+    class Cfg:
+        eval_rows = 0
+    got = score_choices(model, tok, objective, questions, Cfg, World)
+    assert (got["acc"], got["acc_norm"], got["rows"]) == (50 * wins[0], 50 * wins[1], 2) and got["chance"] == pytest.approx(100 * (1 / 3 + 1 / 2) / 2)
+
+
+def test_compare_skips_what_is_there(tmp_path, monkeypatch, capsys):
+    """A sweep runs each pair of architecture and seed once, also when it is begun again, and reports mean and spread."""
+    path, calls = copy_task(tmp_path), []
+
+    def fake(cfg, trial, folder):
+        calls.append((trial["arch"], trial["seed"]))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return trial | dict(metric="f1", params_m=1.0, train_s=1.0, tokens_m=1.0, steps=1, rows=3, f1=10.0 * trial["seed"])
+    monkeypatch.setattr(bench, "compare_run", fake)
+    argv = ["compare", f"--data={path}", "--archs=dec,2/3", "--seeds=2", "--results=rows.jsonl", "--plot=plot.png"]
+    assert call(bench.main, argv, monkeypatch, capsys)[0] == 130
+    status, out, err = call(bench.main, argv, monkeypatch, capsys)
+    assert status == 0 and "15.00 ± 7.07" in out, err
+    assert calls == [("dec", 1), ("2/3", 1), ("dec", 2), ("dec", 2), ("2/3", 2)] and os.path.getsize("plot.png")
+
+
+@pytest.mark.slow
+def test_compare_really_runs(tmp_path, monkeypatch, capsys):
+    keys = " ".join(key for key in TINY_ENC if not key.startswith(("--arch", "--device", "--n_enc", "--n_dec", "--n_hidden"))) + " --objective=seq2seq"
+    for equal in ("tokens", "flops"):
+        argv = ["compare", f"--data={copy_task(tmp_path)}", "--archs=dec,1/3", "--seeds=1", f"--equal={equal}", "--max_iters=20", f"--train={keys}",
+                f"--results={equal}.jsonl", "--device=cpu"]
+        status, out, err = call(bench.main, argv, monkeypatch, capsys)
+        assert status == 0, err
+        rows = [json.loads(line) for line in open(f"{equal}.jsonl")]
+        assert [row["arch"] for row in rows] == ["dec", "1/3"] and rows[0]["steps"] == 20
+        assert abs(rows[1]["params_m"] / rows[0]["params_m"] - 1) < 0.1
+    assert rows[1]["steps"] != 20
+
+
+@pytest.mark.parametrize("argv, says", [(["--archs=enc"], "--archs=enc"), (["--preset=huge"], "--preset=huge"), (["--seeds=0"], "--seeds"),
+                                        (["--equal=tokens"], "--max_iters"), (["--max_iters=5"], "--max_minutes")])
+def test_compare_bad_input(argv, says, monkeypatch, capsys):
+    status, _, err = call(bench.main, ["compare", *argv], monkeypatch, capsys)
+    assert status == 2 and says in one_line(err)
