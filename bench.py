@@ -66,7 +66,7 @@ class Quality:
     skip_bad: bool = setting(False, "leave out rows that cannot be used, and count them, instead of stopping")
     eval_split: str = setting("val", "which held-out rows", ("val", "test"))
     eval_rows: int = setting(0, "how many of them, evenly spaced; 0 is all")
-    batch_size: int = setting(64, "answers made at once")
+    batch_size: int = setting(128, "answers made at once")
     out: str = setting(None, "where the answers go, one JSON object a line, as the ragas library reads them; default: predictions.jsonl in the run folder")
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: str = setting("auto", "of the matrix products", ("auto", "float32", "bfloat16"))

@@ -261,6 +261,7 @@ class MLP(nn.Module):
 
 class Block(nn.Module):
     """One layer: self-attention, cross-attention (in the decoder of an encoder-decoder), MLP; each after an RMSNorm."""
+    dropout = 0.0  # of what each part adds, in training; no matter of the model's files, so train.py sets it
 
     def __init__(self, cfg, cross):
         super().__init__()
@@ -278,11 +279,14 @@ class Block(nn.Module):
         k, v = self.attn.keys_values(h, rope)
         if store is not None:
             k, v = store(k, v)
-        x = x + self.attn(h, k, v, mask, causal, rope)
+        x = x + self.drop(self.attn(h, k, v, mask, causal, rope))
         if self.cross is not None:
             memory = memory or self.cross.keys_values(encoded)
-            x = x + self.cross(self.cross_norm(x), *memory, mask=memory_mask)
-        return x + self.mlp(self.mlp_norm(x))
+            x = x + self.drop(self.cross(self.cross_norm(x), *memory, mask=memory_mask))
+        return x + self.drop(self.mlp(self.mlp_norm(x)))
+
+    def drop(self, y):
+        return F.dropout(y, self.dropout, self.training)
 
 
 class Cache:
@@ -465,17 +469,26 @@ class Transformer(nn.Module):
         prompts: lists of ids; the encoder's sources, or, decoder-only, the beginning of the text. prefix: lists of ids
         that the decoder's output starts with. temperature 0 is greedy; top_k 0 and top_p 1 keep every token. Row b
         draws from its own generator, seeded with seed + b. A row gives what it gives alone, whatever the others are."""
-        request, states = self.prefill(prompts, max_new_tokens, prefix)
+        cache, states = self.prefill(prompts, max_new_tokens, prefix)
         rngs = [torch.Generator(states.device).manual_seed(seed + b) for b in range(len(prompts))]
-        ended = torch.zeros(len(prompts), dtype=torch.bool)
+        rows, ended = list(range(len(prompts))), set()  # which prompt each row of the cache belongs to
         for step in range(max_new_tokens):
-            token = pick(self.logits(states[:, -1]), temperature, top_k, top_p, rngs)  # (B,)
-            ended |= token.cpu() == self.config.eos_id
-            if ended.all():
+            token = pick(self.logits(states[:, -1]), temperature, top_k, top_p, rngs)  # (rows,)
+            new = [None] * len(prompts)
+            for row, id in zip(rows, token.tolist()):
+                if id == self.config.eos_id or row in ended:
+                    ended.add(row)
+                else:
+                    new[row] = id
+            if len(ended) == len(prompts):
                 return
-            yield [None if end else id for id, end in zip(token.tolist(), ended.tolist())]
+            yield new
+            going = [i for i, row in enumerate(rows) if row not in ended]
+            if 2 * len(going) <= len(rows):  # few long answers should not cost what all of them did
+                cache.select(torch.tensor(going, device=token.device))
+                token, rows, rngs = token[going], [rows[i] for i in going], [rngs[i] for i in going]
             if step < max_new_tokens - 1:
-                states = self.decode(token[:, None], cache=request)
+                states = self.decode(token[:, None], cache=cache)
 
     @torch.inference_mode()
     def prefill(self, prompts, max_new_tokens, prefix=None):

@@ -37,9 +37,9 @@ from data.metrics import score
 from data.objectives import Objective, fill_spans, uniforms
 from data.pairs import ByLength, Pairs, train_pair_tokenizer
 from data.runs import Log, free_folder, read_record, record
-from data.tasks import is_task, load_task
+from data.tasks import evaluation_texts, is_task, load_task
 from data.tokenizer import load_tokenizer
-from model import PRESETS, ModelError, Transformer, has_bf16, make_config, read_config, read_metadata
+from model import PRESETS, Block, ModelError, Transformer, has_bf16, make_config, read_config, read_metadata
 
 
 @dataclass
@@ -65,6 +65,8 @@ class Settings:
     skip_bad: bool = setting(False, "seq2seq: leave out rows that cannot be used, and count them, instead of stopping")
     text_col: str = setting("text", "column of the text in .jsonl, .csv, .parquet and Hub data")
     max_tokens: int = setting(0, "stop tokenizing the training text here (a Hub corpus may be far larger); 0 is all of it")
+    decontaminate: str = setting(None, "tasks, separated by commas: drop each training document that holds over half of one of their held-out "
+                                 "sources or targets, by 8-grams")
     tokenizer: str = setting("bpe", "bpe (trained on the data), gpt2, bytes, or the file or run folder of one")
     vocab_size: int = setting(None, "size of the trained vocabulary, special ids included; default: the preset's", type=int)
     src_len: int = setting(None, "source tokens a row; decoder-only rows hold src_len + tgt_len; default: the preset's", type=int)
@@ -86,6 +88,7 @@ class Settings:
     warmup_iters: int = setting(None, "steps of linear warm-up; default: the preset's", type=int)
     schedule: str = setting(None, "after the warm-up: cosine to zero, or linear to zero; default: the preset's",
                             ("cosine", "linear"))
+    dropout: float = setting(0.0, "of what each part of a layer adds; for data sets that are seen many times")
     grad_clip: float = setting(1.0, "largest norm of the gradient; 0 is off")
     eval_interval: int = setting(None, "steps between evaluations, each with a checkpoint; default: an eighth of the run", type=int)
     eval_rows: int = setting(256, "held-out rows an evaluation, evenly spaced; 0 is all of them (of a text: side by side)")
@@ -128,6 +131,8 @@ def resolve(cfg):
     for name in ("src_len", "lr", "embed_lr", "weight_decay", "grad_clip", "eval_rows", "threads", "seed", "max_tokens", "patience"):
         if not getattr(cfg, name) >= 0:
             raise UserError(f"--{name}={getattr(cfg, name)} must not be negative")
+    if not 0 <= cfg.dropout < 1:
+        raise UserError(f"--dropout={cfg.dropout} must be at least 0 and below 1")
     if cfg.noise >= 1 or cfg.mean_span < 1:
         raise UserError(f"--noise={cfg.noise} must be below 1 and --mean_span={cfg.mean_span} at least 1")
     if cfg.arch == "dec" and cfg.n_enc:
@@ -410,12 +415,16 @@ def run(model, batch_at, loss_of, evaluate, cfg, world, flops_per_token, best=No
     say(f"{model.num_params():,} parameters, {flops_per_token / 1e6:.2f} MFLOPs forward a token; "
         f"{cfg.batch_size * cfg.grad_accum * world.size} rows a step; {world.device}, {str(world.dtype)[6:]}, "
         f"{'compiled' if world.compile else 'eager'}, {torch.get_num_threads()} threads")
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.dropout = cfg.dropout
     if world.compile:
-        say("compiling, up to a minute the first time")
+        say("compiling, a minute or so")
         for module in model.compiled_parts():
-            module.compile(dynamic=cfg.objective == "seq2seq")  # whose batches all differ in their shapes
+            module.compile(dynamic=cfg.objective == "seq2seq")  # whose batches all differ in their shapes ...
         with world.precision():
-            loss_of(model, batch_at(0, np.arange(cfg.batch_size)))[0].backward()
+            for step in range(16 if cfg.objective == "seq2seq" else 1):  # ... and large and small ones in their code
+                loss_of(model, batch_at(step, np.arange(cfg.batch_size)))[0].backward()
         model.zero_grad(set_to_none=True)
     log = Log(cfg.out, state["step"]) if world.rank == 0 else None
     params, rate, metrics = [p for p in model.parameters() if p.requires_grad], world.rate(), {}
@@ -468,6 +477,7 @@ def run(model, batch_at, loss_of, evaluate, cfg, world, flops_per_token, best=No
                     group["lr"] = group["peak_lr"] * share
             micro, coming = coming.result(), ahead.submit(batches, step + 1)
             loss_sum, targets, seen = 0.0, 0, 0
+            torch.manual_seed((cfg.seed * 1_000_003 + step) * world.size + world.rank)  # dropout's draws, too, are the step's own
             for batch in micro:
                 with world.precision():
                     loss, n = loss_of(model, batch)
@@ -608,7 +618,7 @@ def load_run(cfg):
         raise UserError(f"{cfg.out}/run.json is of another version of train.py ({error}); {cfg.out}/source has that one") from None
     if settings.tokenizer not in ("bpe", "gpt2", "bytes"):
         settings.tokenizer = cfg.out  # its copy: the file it came from may be gone
-    free = {"init_from", "out", "max_iters", "eval_interval", "eval_rows", "device", "threads", "compile", "dtype"}
+    free = {"init_from", "out", "patience", "max_iters", "eval_interval", "eval_rows", "device", "threads", "compile", "dtype"}
     for name in given():
         value = getattr(cfg, name)
         if name not in free and value != getattr(settings, name):
@@ -624,7 +634,8 @@ class Pretraining:
 
     def __init__(self, cfg, world, say):
         self.cfg, self.world = cfg, world
-        self.corpus = prepare(cfg.data, cfg.tokenizer, cfg.vocab_size, cfg.text_col, cfg.max_tokens, say)
+        avoid = evaluation_texts(cfg.decontaminate) if cfg.decontaminate else ()
+        self.corpus = prepare(cfg.data, cfg.tokenizer, cfg.vocab_size, cfg.text_col, cfg.max_tokens, avoid, say)
         self.hash, self.tokenizer = self.corpus.hash, self.corpus.tokenizer
         self.objective = Objective(cfg.objective, self.tokenizer, cfg.src_len, cfg.tgt_len, cfg.arch == "dec", cfg.noise, cfg.mean_span)
         for split, tokens in self.corpus.splits.items():
@@ -661,14 +672,13 @@ class Pretraining:
 
 @torch.no_grad()
 def answers(model, pairs, rows, max_new_tokens, batch_rows, world):
-    """Greedy answers to the sources of these rows, as texts. Sources of like length are read together; the processes
-    share the work."""
+    """Greedy answers to the sources of these rows, as texts. Sources of like length are read together; the processes share
+    the work. In the weights' own type: autocast would cast all of them at every step, which takes longer than the step."""
     order = sorted(rows, key=lambda row: len(pairs.sources[row]), reverse=True)
     groups = [order[i:i + batch_rows] for i in range(0, len(order), batch_rows)]
     found = {}
     for group in tqdm(groups[world.rank::world.size], desc="answering", unit="batch", leave=False, disable=world.rank > 0 or len(groups) < 3):
-        with world.precision():
-            steps = list(model.generate([pairs.prompt(row) for row in group], max_new_tokens))
+        steps = list(model.generate([pairs.prompt(row) for row in group], max_new_tokens))
         for b, row in enumerate(group):
             found[row] = pairs.tokenizer.decode([step[b] for step in steps if step[b] is not None])
     found = {row: text for part in world.gather(found) for row, text in part.items()}
@@ -723,18 +733,19 @@ class Finetuning:
         """The share of the step's rows that these numbers of 0 .. n_rows - 1 stand for."""
         chosen = self.order.rows(step)
         share = chosen[len(chosen) * rows[0] // self.n_rows:len(chosen) * (rows[-1] + 1) // self.n_rows]
-        if not len(share):  # fewer rows than forward passes: one that counts nothing
-            batch = self.pairs["train"].batch(chosen[:1])
-            batch[3][:] = False
-            return (*to_device(batch, self.world.device), 0)
-        return (*to_device(self.pairs["train"].batch(share), self.world.device), int(self.pairs["train"].lengths[share].sum()))
+        # At least two rows, the added ones without a loss: torch.compile makes code of its own for a size of 1, and there may be
+        # fewer rows than forward passes.
+        rows = np.append(share, np.repeat(chosen[:1], max(0, 2 - len(share))))
+        src, src_mask, tgt, loss_mask = self.pairs["train"].batch(rows)
+        loss_mask[len(share):] = False
+        return (*to_device((src, src_mask, tgt, loss_mask), self.world.device), int(self.pairs["train"].lengths[share].sum()))
 
     def evaluate(self, model, step, say):
         model.eval()
         pairs, rows = self.pairs["val"], evenly(len(self.pairs["val"]), self.cfg.eval_rows)
         metrics = pair_losses(model, pairs, rows, 32, self.world)
         if step:  # before that, answers are noise that takes long to make
-            texts = answers(model, pairs, rows, self.cfg.tgt_len, 64, self.world)
+            texts = answers(model, pairs, rows, self.cfg.tgt_len, 128, self.world)
             metrics |= score(self.task, texts, [self.task.splits["val"][row] for row in rows])
             source, target = (self.task.splits["val"][rows[0]][side] for side in ("source", "target"))
             say(f"--- source: {source[:300]}\n>>> {texts[0][:300]}\n=== {target[:300]}\n---")
@@ -759,8 +770,9 @@ def main():
             raise UserError(f"--{min(fixed)} cannot be chosen with --init_from={cfg.init_from}, which has its sizes already")
         if cfg.tokenizer == "bpe":
             cfg.tokenizer = cfg.init_from
-        cfg.src_len = cfg.src_len or parent.src_len or parent.tgt_len * 4 // 5
-        cfg.tgt_len = cfg.tgt_len or (parent.tgt_len if parent.n_enc else parent.tgt_len - cfg.src_len)
+        if cfg.objective != "seq2seq" and not is_task(cfg.data):  # the lengths of a task's rows have nothing to do with the run's
+            cfg.src_len = cfg.src_len or parent.src_len or parent.tgt_len * 4 // 5
+            cfg.tgt_len = cfg.tgt_len or (parent.tgt_len if parent.n_enc else parent.tgt_len - cfg.src_len)
     cfg = resolve(cfg)
     if cfg.tokenizer not in ("bpe", "gpt2"):
         load_tokenizer(cfg.tokenizer)

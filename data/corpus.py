@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data.cli import UserError
+from data.decontaminate import Contamination, clean
 from data.runs import write_json
 from data.tokenizer import load_tokenizer, train_tokenizer
 
@@ -156,12 +157,18 @@ def find_source(data, column):
 # ---------------------------------------------------------------------------------------------------------------------
 # Documents -> token files
 
-def prepare(data, tokenizer="bpe", vocab_size=4096, text_col="text", max_tokens=0, log=print):
-    """The Corpus of --data, tokenized on first use and from the cache after that. max_tokens: of training text; 0 is all."""
+def prepare(data, tokenizer="bpe", vocab_size=4096, text_col="text", max_tokens=0, avoid=(), log=print):
+    """The Corpus of --data, tokenized on first use and from the cache after that. max_tokens: of training text; 0 is all.
+    avoid: evaluation texts that no training document may contain."""
     name, identity, open_split = find_source(data, text_col)
     ready = None if tokenizer == "bpe" else load_tokenizer(tokenizer)
-    key = json.dumps([1, identity, f"bpe-{vocab_size}" if ready is None else ready.hash(), max_tokens])
+    key = json.dumps([1, identity, f"bpe-{vocab_size}" if ready is None else ready.hash(), max_tokens, *avoid])
     folder = os.path.join(CACHE, f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}")
+    if avoid:
+        contamination, open_all = Contamination(avoid), open_split
+
+        def open_split(split):
+            return clean(open_all(split), contamination, folder, log) if split == "train" else open_all(split)
     if not os.path.isfile(os.path.join(folder, "manifest.json")):
         os.makedirs(folder, exist_ok=True)
         tokenize(folder, identity, open_split, ready, vocab_size, max_tokens, log)

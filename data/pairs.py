@@ -54,7 +54,7 @@ class Pairs:
             starts = np.array([len(s) + 1 for s in sources])[:, None]
             return None, None, ids, real & (np.arange(ids.shape[1])[None] >= starts)
         src, src_mask = pad_rows(sources, max(map(len, sources)), self.tokenizer.pad)
-        return (src, None if src_mask.all() else src_mask, *pad_rows(targets, max(map(len, targets)), self.tokenizer.pad))
+        return (src, src_mask, *pad_rows(targets, max(map(len, targets)), self.tokenizer.pad))
 
     def cost(self, rows):
         """Positions that a batch of these rows computes, padding included."""

@@ -300,6 +300,16 @@ def load_task(name, source_col=None, target_col=None, skip_bad=False, log=print)
     return task
 
 
+def evaluation_texts(names):
+    """Sources and targets of the held-out rows of tasks (`names`, separated by commas), for decontaminating a corpus."""
+    texts = []
+    for name in names.split(","):
+        splits = load_task(name).splits
+        rows = splits.get("val", []) + splits.get("test", [])
+        texts += [row[side] for row in rows for side in ("source", "target")]
+    return texts
+
+
 TASKS = {
     "docstring": Task("a Python function -> the first sentence of its docstring", metrics.score_text, extract=docstring_rows),
     "names": Task("a Python function with its names replaced -> the names", metrics.score_names, extract=names_rows),

@@ -1,5 +1,6 @@
 """Tokenizer, objectives and corpora: properties, on arbitrary text and at many lengths."""
 import json
+import os
 import random
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import data.corpus as C
 from data.cli import UserError
 from data.corpus import Tokens, prepare
+from data.decontaminate import Contamination
 from data.objectives import UL2, Objective, fill_spans, span_plan, uniforms
 from data.tokenizer import N_SENTINELS, N_SPECIAL, Tokenizer, load_tokenizer, train_tokenizer
 
@@ -302,3 +304,45 @@ def test_folders_of_mixed_or_no_files(tmp_path):
     (tmp_path / "e" / "b.jsonl").write_text("{}")
     with pytest.raises(UserError, match="several kinds"):
         quiet("e", "bytes")
+
+
+# Decontamination
+
+def test_contamination_against_a_plain_loop():
+    """Any document against any text: the share of the text's words that lie in an 8-gram which both have."""
+    rng = np.random.default_rng(0)
+    words = [f"w{i}" for i in range(400)]
+    texts = [" ".join(rng.choice(words, rng.integers(3, 40))) for _ in range(30)]
+    contamination = Contamination(texts)
+    assert contamination.short == sum(len(text.split()) < 8 for text in texts)
+    found = 0
+    for _ in range(200):
+        text = texts[rng.integers(30)].split()
+        start = rng.integers(len(text))
+        document = [*rng.choice(words, 20), *text[start:start + rng.integers(1, 30)], *rng.choice(words, 20)]
+        joined = " " + " ".join(document) + " "
+        best = 0
+        for other in texts:
+            other = other.split()
+            inside = [False] * len(other)
+            for i in range(len(other) - 7):
+                if " " + " ".join(other[i:i + 8]) + " " in joined:
+                    inside[i:i + 8] = [True] * 8
+            best = max(best, sum(inside) / len(other))
+        got = contamination.find(" ".join(document).upper())
+        assert (got is not None) == (best > 0.5) and (got is None or got[1] == best)
+        found += got is not None
+    assert 20 < found < 180
+
+
+def test_a_corpus_is_decontaminated(tmp_path):
+    texts = [" ".join(f"word{i}-{j}" for j in range(30)) for i in range(60)]
+    path = tmp_path / "docs.jsonl"
+    path.write_text("".join(json.dumps(dict(text=text)) + "\n" for text in texts), encoding="utf-8")
+    said = []
+    whole = prepare(str(path), "bytes", log=said.append)
+    cleaned = prepare(str(path), "bytes", avoid=[texts[3], texts[7] + " x" * 40, texts[19]], log=said.append)
+    assert whole.manifest["splits"]["train"]["documents"] == 57 and cleaned.manifest["splits"]["train"]["documents"] == 56
+    assert cleaned.manifest["splits"]["val"] == whole.manifest["splits"]["val"]  # text 19 is held out itself
+    report = [json.loads(line) for line in open(os.path.join(cleaned.folder, "dropped.jsonl"))]
+    assert [(row["document"], row["share"]) for row in report] == [(4, 1.0)] and any("1 of 57 documents dropped" in line for line in said)
