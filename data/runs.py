@@ -82,7 +82,8 @@ class Log:
         with open(self.path, "a", encoding="utf-8") as f:
             f.write(json.dumps(row) + "\n")
 
-    def plot(self):
+    def plot(self, metric=None):
+        """loss.png; with the name of a metric that evaluations have, its curve too, on an axis of its own."""
         import matplotlib
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
@@ -90,8 +91,13 @@ class Log:
         axes.plot(*zip(*[(r["step"], r["loss"]) for r in self.rows if "loss" in r]), lw=0.8, alpha=0.6, label="training")
         axes.plot(*zip(*[(r["step"], r["val_loss"]) for r in self.rows if "val_loss" in r]), "o-", ms=3, label="held out")
         axes.set(xlabel="step", ylabel="loss, nats a target token")
-        axes.legend()
         axes.grid(alpha=0.3)
+        if scored := [(r["step"], r[metric]) for r in self.rows if metric in r]:
+            right = axes.twinx()
+            right.plot(*zip(*scored), "s-", ms=4, color="tab:green", label=metric)
+            right.set(ylabel=metric, ylim=(0, 100))
+            axes.plot([], [], "s-", ms=4, color="tab:green", label=metric)
+        axes.legend(loc="center right")
         figure.tight_layout()
         figure.savefig(os.path.join(os.path.dirname(self.path), "loss.png"), dpi=120)
         plt.close(figure)

@@ -381,3 +381,23 @@ def test_damaged_files_are_refused(tmp_path):
     (tmp_path / "config.json").unlink()
     with pytest.raises(ModelError, match="missing"):
         Transformer.load(tmp_path)
+
+
+def test_dropout_and_smoothing_are_for_training_alone():
+    model = tiny("encdec")
+    src, tgt = torch.stack([ids(9), ids(9, seed=1)]), torch.stack([ids(5, seed=2), ids(5, seed=3)])
+    mask = torch.ones_like(tgt, dtype=torch.bool)
+    plain = model(src, None, tgt, mask)[1]
+    for block in [*model.enc, *model.dec]:
+        block.dropout = 0.5
+    model.loss.label_smoothing = 0.1
+    model.eval()
+    close(model(src, None, tgt, mask)[1], plain, 1e-6)
+    model.train()
+    torch.manual_seed(0)
+    first = model(src, None, tgt, mask)[1]
+    assert abs(first - model(src, None, tgt, mask)[1]) > 1e-4  # another draw
+    torch.manual_seed(0)
+    close(model(src, None, tgt, mask)[1], first, 1e-6)
+    y = model.dec[0].drop(torch.ones(400, 3, 50))
+    assert set(y.unique().tolist()) == {0.0, 2.0} and (y[:, 0] == y[:, 2]).all() and abs(y.mean() - 1) < 0.05
