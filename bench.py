@@ -8,7 +8,9 @@
 
 `python bench.py COMMAND --help` lists a command's keys. Speeds are medians after a warm-up. A machine's speed drifts: compare rows of one sitting, as ratios.
 """
+import contextlib
 import functools
+import hashlib
 import json
 import math
 import os
@@ -32,7 +34,7 @@ from data.metrics import score
 from data.objectives import Objective, pad_rows
 from data.pairs import Pairs
 from data.runs import ROOT, newest_run, read_record
-from data.tasks import load_task
+from data.tasks import is_task, load_task
 from data.tokenizer import load_tokenizer
 from model import PRESETS, ModelError, Transformer, make_config
 from train import Settings as TrainSettings
@@ -80,8 +82,8 @@ class Compare:
     preset: str = setting("nano", "one or more sizes, separated by commas")
     archs: str = setting("dec,1/3,1/2,2/3", "decoder-only and splits of the encoder-decoder, separated by commas")
     seeds: int = setting(3, "runs of each, with the seeds 1, 2, 3 ...")
-    equal: str = setting("time", "what all have the same of: time (--max_minutes), tokens (--max_iters), or flops (--max_iters of decoder-only; the "
-                         "others get as many as cost the same)", ("time", "tokens", "flops"))
+    equal: str = setting("time", "what all have the same of: time (--max_minutes), tokens, or flops (--max_iters is decoder-only's; the others get as many "
+                         "steps as see the same rows, or cost the same)", ("time", "tokens", "flops"))
     max_minutes: float = setting(4.0, "training time a run, where time is equal")
     max_iters: int = setting(None, "steps a run, where tokens or flops are equal", type=int)
     train: str = setting("", "more keys for train.py, in quotes: '--vocab_size=4096 --batch_size=8'")
@@ -224,8 +226,18 @@ def bench_speed(cfg):
 
 def bench_quality(cfg):
     cfg.run = cfg.run or newest_run()
-    settings = TrainSettings(**read_record(cfg.run)["settings"])
+    record = read_record(cfg.run)["settings"]
+    try:
+        settings = TrainSettings(**record)
+    except TypeError as error:
+        raise UserError(f"{cfg.run}/run.json is of another version of train.py ({error}); {cfg.run}/source has that one") from None
     data = cfg.data or settings.data
+    if settings.objective == "seq2seq" and is_choice(data):
+        raise UserError(f"--data={data} is for pretrained runs; {cfg.run} was trained on the task {settings.data}")
+    if settings.objective != "seq2seq" and is_task(data):
+        raise UserError(f"--data={data} is a task, and {cfg.run} was not trained on one: python train.py --data={data} --init_from={cfg.run}")
+    if settings.objective != "seq2seq" and not is_choice(data) and cfg.eval_split != "val":
+        raise UserError(f"--eval_split={cfg.eval_split}: text has only its held-out part, val")
     settings.device, settings.dtype, settings.threads, settings.eval_rows = cfg.device, cfg.dtype, cfg.threads, cfg.eval_rows
     world = World(settings)
     model, tokenizer = Transformer.load(cfg.run, device=world.device).eval(), load_tokenizer(cfg.run)
@@ -233,14 +245,16 @@ def bench_quality(cfg):
     if is_choice(data):
         found = score_choices(model, tokenizer, settings.objective, load_choices(data, cfg.eval_split), cfg, world)
     elif settings.objective != "seq2seq":
-        corpus = prepare(data, cfg.run, text_col=settings.text_col, log=lambda text: None)
+        corpus = prepare(data, cfg.run, text_col=settings.text_col, max_tokens=1, log=lambda text: None)  # only the held-out part is read
         objective = Objective(settings.objective, tokenizer, settings.src_len, settings.tgt_len, settings.arch == "dec", settings.noise, settings.mean_span)
         found = held_out(model, corpus.splits["val"], objective, settings, world)
         found["perplexity"] = math.exp(found["text_loss"])
     else:
-        same = data == settings.data
+        same = data.split(":")[0] == settings.data.split(":")[0]
         columns = (settings.source_col, settings.target_col) if same else (None, None)
-        task = load_task(data, cfg.source_col or columns[0], cfg.target_col or columns[1], cfg.skip_bad)
+        task = load_task(data, cfg.source_col or columns[0], cfg.target_col or columns[1], cfg.skip_bad or settings.skip_bad)
+        if data != settings.data and os.path.isfile(data.partition(":")[2] or data):  # a file of its own: nothing was trained on it
+            task.splits[cfg.eval_split] = [row for rows in task.splits.values() for row in rows]
         found = score_task(model, tokenizer, task, settings, cfg, world)
     row = dict(run=cfg.run, data=data, split=cfg.eval_split, seconds=round(time.perf_counter() - start, 1)) | {
         name: round(value, 4) for name, value in found.items()}
@@ -301,17 +315,16 @@ def bench_compare(cfg):
     name = cfg.data.replace(":", "-").replace("/", "-")
     cfg.results = cfg.results or os.path.join("out", f"compare-{name}.jsonl")
     os.makedirs(os.path.dirname(cfg.results) or ".", exist_ok=True)
-    if (cfg.equal == "time") == (cfg.max_iters is not None):
-        raise UserError("--equal=time takes --max_minutes; --equal=tokens and --equal=flops take --max_iters")
     budget = f"{cfg.max_minutes:g} min" if cfg.equal == "time" else f"{cfg.max_iters} steps, equal {cfg.equal}"
     trials = [dict(data=cfg.data, split=cfg.eval_split, preset=preset, arch=arch, seed=seed, budget=budget, train=cfg.train)
               for seed in range(1, cfg.seeds + 1) for preset in cfg.preset.split(",") for arch in cfg.archs.split(",")]
-    done = read_results(cfg.results)
+    done, cut = read_results(cfg.results)
     for trial in tqdm(trials, desc="compare", unit="run"):
         if not any(trial.items() <= row.items() for row in done):
             done.append(compare_run(cfg, trial, os.path.splitext(cfg.results)[0]))
             with open(cfg.results, "a", encoding="utf-8") as f:
-                f.write(json.dumps(done[-1]) + "\n")
+                f.write("\n" * cut + json.dumps(done[-1]) + "\n")
+            cut = False
     rows = [row for trial in trials for row in done if trial.items() <= row.items()]
     metric = rows[0]["metric"]
     summary = []
@@ -333,23 +346,30 @@ def bench_compare(cfg):
 
 
 def read_results(path):
+    """The rows of a results file, and whether its last line was cut off."""
     if not os.path.exists(path):
-        return []
+        return [], False
     with open(path, encoding="utf-8") as f:
-        return [json.loads(line) for line in f if line.endswith("\n")]
+        lines = f.readlines()
+    rows = []
+    for line in lines:
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows, bool(lines) and not lines[-1].endswith("\n")
 
 
 def compare_run(cfg, trial, folder):
     """Trains and scores one run; the row of the results file."""
-    out = os.path.join(folder, f"{trial['preset']}-{trial['arch'].replace('/', '')}-{trial['seed']}")
+    mark = hashlib.sha256(json.dumps([trial["budget"], trial["train"]]).encode()).hexdigest()[:4]
+    out = os.path.join(folder, f"{trial['preset']}-{trial['arch'].replace('/', '')}-{trial['seed']}-{mark}")
     shutil.rmtree(out, ignore_errors=True)  # of a sweep that was cut off
     arch = ["--arch=dec"] if trial["arch"] == "dec" else ["--arch=encdec", f"--split={trial['arch']}"]
     common = [f"--device={cfg.device}", f"--threads={cfg.threads}"]
-    words = [*arch, f"--preset={trial['preset']}", f"--seed={trial['seed']}", f"--data={cfg.data}", f"--out={out}", *common, *shlex.split(cfg.train)]
+    words = [*arch, f"--preset={trial['preset']}", f"--seed={trial['seed']}", f"--data={cfg.data}", "--objective=seq2seq", f"--out={out}", *common, *shlex.split(cfg.train)]
     if cfg.equal == "time":
         words.append(f"--max_minutes={cfg.max_minutes}")
     else:
-        words.append(f"--max_iters={cfg.max_iters if cfg.equal == 'tokens' else equal_flops(cfg, words)}")
+        words.append(f"--max_iters={equal_steps(cfg, words)}")
     call([os.path.join(ROOT, "train.py"), *words])
     report = os.path.join(out, "quality.json")
     call([os.path.join(ROOT, "bench.py"), "quality", f"--run={out}", f"--eval_split={cfg.eval_split}", f"--json={report}", *common])
@@ -364,16 +384,17 @@ def compare_run(cfg, trial, folder):
                         steps=log[-1]["step"], commit=commit()) | scores
 
 
-def equal_flops(cfg, words):
-    """Steps that cost what cfg.max_iters steps of the decoder-only model of the same preset cost."""
-    def step_flops(words):
+def equal_steps(cfg, words):
+    """Steps that see the rows, or cost the FLOPs, of cfg.max_iters steps of the decoder-only model of the same preset."""
+    def step_cost(words):
         settings = resolve(parse(TrainSettings, "", words))
         job = Finetuning(settings, World(settings), lambda text: None)
         chosen = {name: getattr(settings, name) for name in ("n_embd", "n_head", "n_kv_head", "head_dim", "n_hidden") if getattr(settings, name)}
         config = make_config(settings.preset, settings.arch, settings.split, settings.n_enc, settings.n_dec, vocab_size=job.tokenizer.vocab_size, **chosen)
-        return Transformer(config).flops(*job.lengths) * len(job.pairs["train"]) / len(job.order.plan(0))
+        rows = len(job.pairs["train"]) / len(job.order.plan(0))  # a step
+        return rows * (Transformer(config).flops(*job.lengths) if cfg.equal == "flops" else 1)
     rival = ["--arch=dec" if word.startswith("--arch=") else word for word in words if not word.startswith("--split=")]
-    return max(1, round(cfg.max_iters * step_flops(rival) / step_flops(words)))
+    return max(1, round(cfg.max_iters * step_cost(rival) / step_cost(words)))
 
 
 def call(words):
@@ -396,7 +417,7 @@ def plot_compare(rows, metric, cfg):
     for k, preset in enumerate(presets):
         values = [[row[metric] for row in rows if (row["preset"], row["arch"]) == (preset, arch)] for arch in archs]
         at = np.arange(len(archs)) + 0.15 * (k - (len(presets) - 1) / 2)
-        axes.errorbar(at, [np.mean(v) for v in values], [np.std(v) for v in values], fmt="s", ms=6, capsize=4, label=preset)
+        axes.errorbar(at, [np.mean(v) for v in values], [np.std(v, ddof=1) if len(v) > 1 else 0 for v in values], fmt="s", ms=6, capsize=4, label=preset)
         for x, v in zip(at, values):
             axes.plot([x] * len(v), v, "k.", ms=4, alpha=0.5)
     axes.set_xticks(range(len(archs)), archs)
@@ -448,6 +469,14 @@ def check_compare(cfg):
     for name, known in (("preset", PRESETS), ("archs", ("dec", "1/3", "1/2", "2/3"))):
         if bad := [value for value in getattr(cfg, name).split(",") if value not in known]:
             raise UserError(f"--{name}={bad[0]}: it takes {', '.join(known)}, separated by commas")
+    if (cfg.equal == "time") == (cfg.max_iters is not None):
+        raise UserError("--equal=time takes --max_minutes; --equal=tokens and --equal=flops take --max_iters")
+    try:
+        shlex.split(cfg.train)
+    except ValueError as error:
+        raise UserError(f"--train={cfg.train}: {error}") from None
+    if cfg.plot and not cfg.plot.endswith((".png", ".pdf", ".svg")):
+        raise UserError(f"--plot={cfg.plot} must end in .png, .pdf or .svg")
     if cfg.seeds < 1:
         raise UserError(f"--seeds={cfg.seeds} must be at least 1")
 
@@ -465,6 +494,10 @@ def main():
         check_speed(cfg, words[0])
     if kind is Compare:
         check_compare(cfg)
+    if kind is Quality:
+        for name in ("batch_size", "eval_rows", "threads"):
+            if getattr(cfg, name) < (name == "batch_size"):
+                raise UserError(f"--{name}={getattr(cfg, name)} is too small")
     if cfg.json:
         open(cfg.json, "a", encoding="utf-8").close()  # that it can be written should not turn out at the end
     rows = command(cfg)

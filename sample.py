@@ -166,6 +166,8 @@ def main():
         raise UserError(f"--num_samples={cfg.num_samples} at --temperature=0 would print one answer so many times: use --temperature=0.8")
     if cfg.beams > 1 and cfg.temperature > 0:
         raise UserError("--beams searches for the likeliest answer and --temperature draws: use one of them")
+    if cfg.show_attention and not cfg.show_attention.endswith((".png", ".pdf", ".svg")):
+        raise UserError(f"--show_attention={cfg.show_attention} must end in .png, .pdf or .svg")
     run = cfg.run or newest_run()
     objective, tokenizer = read_record(run)["settings"]["objective"], load_tokenizer(run)
     if cfg.prompt is None and sys.stdin.isatty():

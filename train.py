@@ -143,6 +143,8 @@ def resolve(cfg):
         raise UserError(f"--data={cfg.data} is a task: --objective={cfg.objective} cannot train on it; leave --objective out")
     if cfg.objective == "seq2seq" and cfg.data in ("pycode", "pycode-full"):
         raise UserError(f"--data={cfg.data} is text without sources and targets; --data=docstring and --data=names make tasks of it")
+    if cfg.objective == "seq2seq" and cfg.decontaminate:
+        raise UserError("--decontaminate is for pretraining text; the splits of a task are its own")
     return cfg
 
 
@@ -359,6 +361,20 @@ def save(folder, model, optimizers, state):
                         "go on from the last checkpoint with --init_from=resume") from None
 
 
+def save_best(folder, model, step):
+    """Writes best.safetensors, whole or not at all."""
+    path = os.path.join(folder, "best.safetensors")
+    try:
+        model.save(folder, "best.safetensors.new", step=str(step))
+        sync_file(path + ".new")
+        os.replace(path + ".new", path)
+    except Exception as error:  # OSError, or what safetensors makes of one
+        with contextlib.suppress(OSError):
+            os.remove(path + ".new")
+        raise UserError(f"saving the best weights, of step {step}, to {folder} failed ({str(error).splitlines()[0]}): free some space, then "
+                        "go on from the last checkpoint with --init_from=resume") from None
+
+
 def settle(folder):
     """The state of a run folder's checkpoint, after finishing what a kill cut off. UserError if there is none."""
     weights, states = os.path.join(folder, "model.safetensors"), os.path.join(folder, "train_state.pt")
@@ -408,9 +424,9 @@ def run(model, batch_at, loss_of, evaluate, cfg, world, flops_per_token, best=No
     say = functools.partial(tqdm.write, file=sys.stderr) if world.rank == 0 else lambda text: None
     model.to(world.device)
     optimizers = make_optimizers(model, cfg, world.dtype, say)
-    state = dict(step=0, time_s=0.0, tokens=0, max_iters=cfg.max_iters, best=None)
+    state = dict(step=0, time_s=0.0, tokens=0, max_iters=cfg.max_iters, best=None, last=None)
     if cfg.init_from == "resume":
-        state = settle(cfg.out)
+        state = dict(best=None, last=None) | settle(cfg.out)
         for optimizer, saved in zip(optimizers, state.pop("optimizers")):
             optimizer.load_state_dict(saved)
         cfg.max_iters = cfg.max_iters or state["max_iters"]
@@ -430,7 +446,7 @@ def run(model, batch_at, loss_of, evaluate, cfg, world, flops_per_token, best=No
                 loss_of(model, batch_at(step, np.arange(cfg.batch_size)))[0].backward()
         model.zero_grad(set_to_none=True)
     log = Log(cfg.out, state["step"]) if world.rank == 0 else None
-    params, rate, metrics = [p for p in model.parameters() if p.requires_grad], world.rate(), {}
+    params, rate = [p for p in model.parameters() if p.requires_grad], world.rate()
 
     def batches(step):
         first = np.arange(cfg.grad_accum) * world.size + world.rank
@@ -453,8 +469,9 @@ def run(model, batch_at, loss_of, evaluate, cfg, world, flops_per_token, best=No
         while True:
             done = cfg.max_iters is not None and step >= cfg.max_iters
             interrupted = world.sum(len(stop_signal))[0] > 0
-            if interrupted or done or step == 0 or step % interval() == 0 and step != state["step"]:
-                if not interrupted:
+            due = (done or step % interval() == 0) and (state["last"] or {}).get("step") != step
+            if interrupted or due:
+                if due and not interrupted:
                     with torch.compiler.set_stance("force_eager"):  # its shapes differ from step to step
                         metrics = {name: float(value) for name, value in evaluate(step).items()}
                     say(f"step {step}: " + ", ".join(f"{key} {value:.4f}" for key, value in metrics.items()))
@@ -464,13 +481,13 @@ def run(model, batch_at, loss_of, evaluate, cfg, world, flops_per_token, best=No
                     if best in metrics and (state["best"] is None or metrics[best] > state["best"][best]):
                         state["best"] = dict(metrics, step=step)
                         if world.rank == 0:
-                            model.save(cfg.out, "best.safetensors", step=str(step))
-                if step != state["step"] or step == 0:
-                    checkpoint(step)
+                            save_best(cfg.out, model, step)
+                    state["last"] = dict(metrics, step=step)
+                checkpoint(step)
+                if not interrupted and cfg.patience and state["best"] and step - state["best"]["step"] >= cfg.patience * interval():
+                    say(f"stopped: no better {best} in {cfg.patience} evaluations")
+                    break
             if interrupted or done:
-                break
-            if cfg.patience and state["best"] and step - state["best"]["step"] >= cfg.patience * interval():
-                say(f"stopped: no better {best} in {cfg.patience} evaluations")
                 break
 
             start = time.perf_counter()
@@ -523,7 +540,7 @@ def run(model, batch_at, loss_of, evaluate, cfg, world, flops_per_token, best=No
         say(f"interrupted; step {step} is saved. Go on with: python {sys.argv[0]} --init_from=resume --out={cfg.out}")
         sys.exit(128 + (stop_signal or [signal.SIGTERM])[0])
     say(f"trained {state['time_s']:.0f} s, {state['tokens']:,} tokens, {state['tokens'] / max(state['time_s'], 1e-9):,.0f} tokens/s; {cfg.out}")
-    return state["best"] or metrics
+    return state["best"] or state["last"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -766,11 +783,13 @@ def main():
     if cfg.init_from == "resume":
         cfg, corpus_hash = load_run(cfg)
     elif cfg.init_from != "scratch":
-        parent = read_config(cfg.init_from)
+        parent, old = read_config(cfg.init_from), read_record(cfg.init_from)["settings"]
         if (parent.n_enc > 0) != (cfg.arch == "encdec"):
             raise UserError(f"--init_from={cfg.init_from} is a {'encdec' if parent.n_enc else 'dec'} run, not --arch={cfg.arch}")
         if fixed := {"preset", "split", "n_enc", "n_dec", "n_embd", "n_head", "n_kv_head", "head_dim", "n_hidden"} & set(given()):
             raise UserError(f"--{min(fixed)} cannot be chosen with --init_from={cfg.init_from}, which has its sizes already")
+        for name in ("preset", "split", "n_enc", "n_dec"):  # the preset has the defaults of training, too
+            setattr(cfg, name, old.get(name, getattr(cfg, name)))
         if cfg.tokenizer == "bpe":
             cfg.tokenizer = cfg.init_from
         if cfg.objective != "seq2seq" and not is_task(cfg.data):  # the lengths of a task's rows have nothing to do with the run's

@@ -15,8 +15,12 @@ def read_choice(record):
     """A record of MMLU (choices is a list, answer a number) or ARC (choices has text and label, answerKey is a label) ->
     (question, choices, number of the right one)."""
     if "answerKey" in record:
-        return record["question"], list(record["choices"]["text"]), list(record["choices"]["label"]).index(record["answerKey"])
-    return record["question"], list(record["choices"]), int(record["answer"])
+        choices, answer = record["choices"]["text"], list(record["choices"]["label"]).index(record["answerKey"])
+    else:
+        choices, answer = record["choices"], int(record["answer"])
+    if not all(isinstance(text, str) for text in (record["question"], *choices)) or not 0 <= answer < len(choices):
+        raise ValueError("question and choices must be texts, and the answer one of them")
+    return record["question"], list(choices), answer
 
 
 def load_choices(name, split="test"):
@@ -31,15 +35,18 @@ def load_choices(name, split="test"):
         elif path:
             records = list(json_lines(path))
         else:
-            records = datasets.load_dataset(*CHOICES[kind], split=split)
+            records = datasets.load_dataset(*CHOICES[kind], split={"val": "validation"}.get(split, split))
     except Exception as error:  # no network, or what the reader behind `datasets` raises
+        if path:
+            raise UserError(f"{path} cannot be read ({type(error).__name__})") from None
         raise UserError(f"the Hub data set {CHOICES[kind][0]} could not be reached ({type(error).__name__}); to use a local copy, pass its "
                         f"path: --data={kind}:FILE") from None
     questions = []
     for number, record in enumerate(records, 1):
         try:
+            if isinstance(record, ValueError):
+                raise record
             questions.append(read_choice(record))
-            questions[-1][1][questions[-1][2]]
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise UserError(f"--data={name}: row {number} is no multiple-choice question ({type(error).__name__}: {error})") from None
     if not questions:

@@ -83,8 +83,8 @@ def split_files(path):
     return splits, kinds.pop()
 
 
-def open_rows(kind, files):
-    """Rows (dicts) of local files or a Hub data set, streamed through the `datasets` library."""
+def open_rows(kind, files, **options):
+    """Rows (dicts) of local files or a Hub data set, streamed through the `datasets` library; `options` go to its reader."""
     import datasets
     datasets.disable_progress_bars()
     try:
@@ -92,7 +92,7 @@ def open_rows(kind, files):
             rows = datasets.load_dataset(kind, split=files, streaming=True)
         else:
             more = dict(sample_by="document") if kind == "text" else {}
-            rows = datasets.load_dataset(kind, data_files=files, split="train", streaming=True, **more)
+            rows = datasets.load_dataset(kind, data_files=files, split="train", streaming=True, **more, **options)
         yield from rows
     except (ConnectionError, FileNotFoundError, datasets.exceptions.DatasetNotFoundError) as error:
         raise UserError(f"--data={kind} is neither a built-in name (pycode, pycode-full) nor a path here, and as a Hub data "

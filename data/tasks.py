@@ -70,15 +70,14 @@ def docstring_rows(text):
 
 
 def own_names(node):
-    """Parameters and local names of a function in the order of their first appearance, self and cls left out."""
+    """Parameters and local names of a function in the order in which they are first bound, self and cls left out."""
     names, foreign = {}, {"self", "cls"}
     for part in ast.walk(node):
         if isinstance(part, (ast.Global, ast.Nonlocal)):
             foreign.update(part.names)
-        elif isinstance(part, ast.arg):
-            names.setdefault(part.arg, (part.lineno, part.col_offset))
-        elif isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store):
-            names.setdefault(part.id, (part.lineno, part.col_offset))
+        elif isinstance(part, ast.arg) or isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store):
+            name, place = part.arg if isinstance(part, ast.arg) else part.id, (part.lineno, part.col_offset)
+            names[name] = min(names.get(name, place), place)
     return sorted(names.keys() - foreign, key=names.get)
 
 
@@ -113,7 +112,7 @@ def python_rows(name, extract, full):
     """The rows of a built-in task. Files are split as the corpora pycode and pycode-full split them, what those hold out in
     two halves, val and test; a source that stands in another file already is dropped. Cached."""
     files = python_files(full)
-    key = json.dumps([2, name, inspect.getsource(extract), [file["sha256"] for file in files]])
+    key = json.dumps([3, name, inspect.getsource(extract), [file["sha256"] for file in files]])
     path = os.path.join(data.corpus.CACHE, f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.jsonl")
     if not os.path.exists(path):
         os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -143,6 +142,8 @@ def read_squad(record):
     """SQuAD 1.1 and 2.0, as the Hub has it and as its own JSON does."""
     answers = record["answers"]
     answers = answers["text"] if isinstance(answers, dict) else [answer["text"] for answer in answers]
+    if not all(isinstance(text, str) for text in (record["question"], record["context"], *answers)):
+        raise ValueError("its question, context and answers must be texts")
     return dict(source=f"question: {record['question']} context: {record['context']}",
                 target=answers[0] if answers else metrics.UNANSWERABLE,
                 question=record["question"], context=record["context"], answers=list(answers))
@@ -163,9 +164,12 @@ def squad_records(path):
 
 
 def json_lines(path):
-    """Records of a .jsonl file; a line that cannot be read gives the ValueError instead."""
+    """Records of a .jsonl file; a line that cannot be read gives the ValueError instead, an empty one None."""
     with open(path, "rb") as f:
         for line in f:
+            if not line.strip():
+                yield None
+                continue
             try:
                 record = json.loads(line.decode("utf-8"))
                 yield record if isinstance(record, dict) else ValueError("not a JSON object")
@@ -198,6 +202,8 @@ def rows_of(records, task, where, skip_bad, log):
     """Reads records into rows. Rows that cannot be used are named, or with skip_bad counted and left out."""
     rows, bad, known = [], [], set()
     for number, record in enumerate(records, 1):
+        if record is None:
+            continue
         try:
             if isinstance(record, ValueError):
                 raise record
@@ -208,6 +214,10 @@ def rows_of(records, task, where, skip_bad, log):
                     raise ValueError(f"its {name} is {type(row[name]).__name__}, not text")
                 if not row[name].strip():
                     raise ValueError(f"its {name} is empty")
+                try:
+                    row[name].encode()
+                except UnicodeEncodeError:
+                    raise ValueError(f"its {name} holds half of a character (a lone surrogate)") from None
             rows.append(row)
         except KeyError as error:
             bad.append((number, f"column {error} is missing"))
@@ -238,7 +248,7 @@ def hub_records(name, task):
 
 
 def local_records(path, task):
-    """split -> (where, records) of a local file or folder."""
+    """split -> [(where, records)] of a local file or folder."""
     files = [f for f in sorted(glob.glob(os.path.join(glob.escape(path), "*"))) if os.path.isfile(f)]
     sides = [[f for f in files if f.endswith("." + column)] for column in task.columns]
     if any(sides):
@@ -246,8 +256,11 @@ def local_records(path, task):
         if stems[0] != stems[1]:
             raise UserError(f"{path}: {', '.join(sorted(stems[0] ^ stems[1]))} is there as .{task.columns[0]} or .{task.columns[1]}, not as both")
         names = {"train": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test"}
-        found = {names[stem]: [os.path.join(path, f"{stem}.{column}") for column in task.columns] for stem in sorted(stems[0]) if stem in names}
-        return {split: (pair[0], aligned(pair, task.columns)) for split, pair in found.items()}
+        if len(stems[0]) > 1 and not stems[0] & names.keys():
+            raise UserError(f"{path}: none of {', '.join(sorted(stems[0]))} tells by its name that it is train, val or test")
+        pairs = [(names.get(stem, "train"), [os.path.join(path, f"{stem}.{column}") for column in task.columns]) for stem in sorted(stems[0])
+                 if stem in names or len(stems[0]) == 1]
+        return {split: [(pair[0], aligned(pair, task.columns))] for split, pair in pairs}
     splits, kind = split_files(path)
     found = {}
     for split, files in splits.items():
@@ -256,13 +269,15 @@ def local_records(path, task):
                 records = squad_records(file)
             elif kind == "json":
                 records = json_lines(file)
-            elif kind in ("csv", "parquet"):
+            elif kind == "csv":
+                records = open_rows(kind, [file], keep_default_na=False, converters=dict.fromkeys(task.columns, str))  # "None" and "42" are texts like any other
+            elif kind == "parquet":
                 records = open_rows(kind, [file])
             else:
                 raise UserError(f"--data={path}: a task's rows come as .jsonl, .csv, .parquet or two line-aligned files NAME.{task.columns[0]} and "
                                 f"NAME.{task.columns[1]} in a folder (choose with --source_col and --target_col)")
             found.setdefault(split, []).append((file, records))
-    return {split: (parts[0][0], (record for _, records in parts for record in records)) for split, parts in found.items()}
+    return found
 
 
 def is_task(name):
@@ -280,15 +295,16 @@ def load_task(name, source_col=None, target_col=None, skip_bad=False, log=print)
     if task.extract:
         task.splits = python_rows(kind, task.extract, full=kind.endswith("-full"))
         return task
-    if path and not os.path.exists(path) and (kind or path.count("/") != 1 or path.startswith((".", "/", "~"))):
+    if path and not os.path.exists(path) and (kind or path.count("/") != 1 or path.startswith((".", "/", "~")) or
+                                                os.path.splitext(path)[1] in (".jsonl", ".json", ".csv", ".parquet", ".txt")):
         raise UserError(f"--data={name}: no such file or folder{'' if kind else ', and no task (' + ', '.join(TASKS) + ')'}")
     if not path and not task.hub:
         raise UserError(f"--data={name} needs a path: --data={name}:FOLDER")
     if path and os.path.exists(path):
         found = local_records(path, task)
     else:
-        found = {split: (f"{path or task.hub}, {split}", records) for split, records in hub_records(path or task.hub, kind).items()}
-    task.splits = {split: rows_of(records, task, where, skip_bad, log) for split, (where, records) in found.items()}
+        found = {split: [(f"{path or task.hub}, {split}", records)] for split, records in hub_records(path or task.hub, kind).items()}
+    task.splits = {split: [row for where, records in parts for row in rows_of(records, task, where, skip_bad, log)] for split, parts in found.items()}
     if not task.splits.get("train"):
         raise UserError(f"--data={name}: there are no rows to train on")
     if not task.splits.get("val"):

@@ -45,7 +45,7 @@ def test_quality_on_text(text_file, monkeypatch, capsys):
 
 def test_quality_bad_input(run_task, monkeypatch, capsys):
     for argv, says in [(["--run=nowhere"], "nowhere"), (["--eval_split=test"], "it has train, val"), (["--data=squad:nowhere"], "no such file"),
-                       (["--data=arc_easy:nowhere"], "no such file")]:
+                       (["--data=arc_easy"], "is for pretrained runs"), (["--batch_size=0"], "--batch_size")]:
         status, _, err = call(bench.main, ["quality", "--run=run", *argv], monkeypatch, capsys)
         assert status == 2 and says in one_line(err)
 
@@ -96,6 +96,8 @@ def test_choices_are_scored_by_their_likelihood(objective, arch):
 def test_compare_skips_what_is_there(tmp_path, monkeypatch, capsys):
     """A sweep runs each pair of architecture and seed once, also when it is begun again, and reports mean and spread."""
     path, calls = copy_task(tmp_path), []
+    with open("rows.jsonl", "w") as f:
+        f.write('{"cut off": ')
 
     def fake(cfg, trial, folder):
         calls.append((trial["arch"], trial["seed"]))
@@ -129,3 +131,15 @@ def test_compare_really_runs(tmp_path, monkeypatch, capsys):
 def test_compare_bad_input(argv, says, monkeypatch, capsys):
     status, _, err = call(bench.main, ["compare", *argv], monkeypatch, capsys)
     assert status == 2 and says in one_line(err)
+
+
+def test_choices_bad_input(tmp_path):
+    from data.cli import UserError
+    for record in (dict(MMLU, answer=2), dict(MMLU, choices=[1, 2]), dict(ARC, answerKey="C"), dict(question="x")):
+        path = write(tmp_path / "bad.jsonl", json.dumps(record) + "\n")
+        with pytest.raises(UserError, match="row 1 is no multiple-choice question"):
+            load_choices(f"mmlu:{path}")
+    with pytest.raises(UserError, match="no such file"):
+        load_choices("arc_easy:nowhere")
+    with pytest.raises(UserError, match="could not be reached.*--data=mmlu:FILE"):
+        load_choices("mmlu")

@@ -106,12 +106,12 @@ def test_aligned_files_and_direction(tmp_path):
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
 def test_any_data_set(kind, tmp_path):
     import pandas
-    frame = pandas.DataFrame(dict(question=[f"q {i}" for i in range(40)], answer=[f"a {i}" for i in range(40)], other=1))
+    frame = pandas.DataFrame(dict(question=[f"q {i}" for i in range(40)], answer=[f"a {i}" for i in range(39)] + ["None"], other=1))
     path = str(tmp_path / f"rows.{kind}")
     dict(jsonl=lambda: frame.to_json(path, orient="records", lines=True), csv=lambda: frame.to_csv(path, index=False),
          parquet=lambda: frame.to_parquet(path))[kind]()
     splits = load_task(path, "question", "answer").splits
-    assert len(splits["train"]) == 38 and splits["val"] == [dict(source="q 19", target="a 19"), dict(source="q 39", target="a 39")]
+    assert len(splits["train"]) == 38 and splits["val"] == [dict(source="q 19", target="a 19"), dict(source="q 39", target="None")]
     with pytest.raises(UserError, match="question.*choose with --source_col"):
         load_task(path)
 
@@ -289,6 +289,16 @@ def test_finetunes_a_pretrained_run(tmp_path, monkeypatch, capsys, text_file):
     assert config["src_len"] == 64 and json.load(open("fine/tokenizer.json")) == json.load(open("pre/tokenizer.json"))
 
 
+def test_a_finished_run_is_not_evaluated_again(tmp_path, monkeypatch, capsys):
+    base = [*TINY_ENC, f"--data={copy_task(tmp_path)}", "--objective=seq2seq", "--eval_interval=5", "--max_iters=10", "--out=run"]
+    call(train.main, base, monkeypatch, capsys)
+    before = open("run/log.jsonl").read()
+    status, _, err = call(train.main, ["--init_from=resume", "--out=run"], monkeypatch, capsys)
+    assert status == 0 and open("run/log.jsonl").read() == before, err
+    status, _, err = call(train.main, ["--init_from=resume", "--out=run", "--max_iters=15"], monkeypatch, capsys)
+    assert status == 0 and [json.loads(line)["step"] for line in open("run/log.jsonl") if "val_loss" in line] == [0, 5, 10, 15], err
+
+
 def test_patience(tmp_path, monkeypatch, capsys):
     argv = [*TINY_ENC, f"--data={copy_task(tmp_path)}", "--objective=seq2seq", "--max_iters=60", "--eval_interval=2", "--patience=2", "--lr=0", "--embed_lr=0",
             "--out=run"]
@@ -304,6 +314,7 @@ BAD = {
     "not a string": ('{"source": "a", "target": "b"}\n{"source": 5, "target": "b"}\n', r"the first is 2 \(its source is int, not text\)"),
     "empty": ('{"source": "a", "target": "b"}\n{"source": "a", "target": " "}\n', "its target is empty"),
     "a thousand": ('{"source": "a", "target": "b"}\n' + "{broken\n" * 1000, "1000 of 1001 rows cannot be used, the first are 2, 3, 4 .*--skip_bad"),
+    "half a character": ('{"source": "a", "target": "b"}\n\n{"source": "\\ud83d", "target": "b"}\n', "the first is 3 .its source holds half of a character"),
     "other columns": ('{"x": "a", "y": "b"}\n' * 3, "has the columns x, y, not source and target"),
 }
 
