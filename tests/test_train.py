@@ -178,9 +178,14 @@ def process(*argv, out=subprocess.DEVNULL, before=None, launcher=()):
     return subprocess.Popen(command, stdout=out, stderr=subprocess.PIPE, text=True, preexec_fn=before)
 
 
-def test_two_processes_equal_accumulation(run_train, text_file):
-    fixed = [*TINY_ENC, f"--data={text_file}", "--max_iters=8", "--eval_interval=4", "--threads=1"]
-    assert run_train(*fixed[len(TINY_ENC) + 1:], "--out=one", "--grad_accum=2")[0] == 0
+@pytest.mark.parametrize("objective", ["span", "seq2seq"])
+def test_two_processes_equal_accumulation(objective, run_train, text_file):
+    if objective == "seq2seq":
+        with open("rows.jsonl", "w") as f:
+            f.writelines(json.dumps(dict(source="s" * (1 + i % 9), target="t" * (1 + i % 5))) + "\n" for i in range(90))
+    data = "rows.jsonl" if objective == "seq2seq" else text_file
+    fixed = [*TINY_ENC, f"--data={data}", f"--objective={objective}", "--max_iters=8", "--eval_interval=4", "--threads=1"]
+    assert run_train(*fixed[len(TINY_ENC):], "--out=one", "--grad_accum=2")[0] == 0
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     two = process(*fixed, "--out=two", launcher=launcher)
     _, err = two.communicate(timeout=120)
