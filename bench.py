@@ -115,7 +115,8 @@ def train_world(cfg, dtype, compiled):
 
 
 def peer_t5(config):
-    """Hugging Face's T5 (v1.1) of the shape of an encoder-decoder of ours, with its MLP's width solved for equal parameters."""
+    """Hugging Face's T5 (v1.1) with the widths and layers of an encoder-decoder of ours. It has no grouped-query attention: where ours
+    has (from 330m on), it is larger."""
     try:
         from transformers import T5Config, T5ForConditionalGeneration
     except ImportError:
