@@ -94,6 +94,15 @@ def pad_rows(rows, width, pad):
     return ids, mask
 
 
+def join(sources, targets, tokenizer, width=None):
+    """Decoder-only: source, separator, target in one sequence, padded on the right to `width` or to the longest; the loss
+    is on the target alone. Returns a batch."""
+    rows = [np.concatenate([src, [tokenizer.sep], tgt]) for src, tgt in zip(sources, targets)]
+    ids, real = pad_rows(rows, width or max(map(len, rows)), tokenizer.pad)
+    starts = np.array([len(src) + 1 for src in sources])[:, None]
+    return None, None, ids, real & (np.arange(ids.shape[1])[None] >= starts)
+
+
 class Objective:
     """How windows of text become batches. `window` is the text each row needs, in tokens."""
 
@@ -130,14 +139,14 @@ class Objective:
             _, noise, spans, _, _ = self.plans[0]
             src, tgt = corrupt(ids, noise, spans, u[:, 1:], self.tokenizer)
             if self.decoder_only:
-                return self.join(list(src), list(tgt), src.shape[1] + tgt.shape[1] + 1)
+                return join(src, tgt, self.tokenizer)
             return src, None, tgt, np.ones(tgt.shape, dtype=bool)
         # Rows differ in length: make each, then pad to the settings' lengths, so that shapes stay fixed.
         chosen = (u[:, 0] * len(self.plans)).astype(int)
         pairs = [self.one(ids[b:b + 1], self.plans[k], u[b:b + 1, 1:]) for b, k in enumerate(chosen)]
         sources, targets = [src for src, _ in pairs], [tgt for _, tgt in pairs]
         if self.decoder_only:
-            return self.join(sources, targets, self.src_len + self.tgt_len)
+            return join(sources, targets, self.tokenizer, self.src_len + self.tgt_len)
         return (*pad_rows(sources, self.src_len, self.tokenizer.pad), *pad_rows(targets, self.tgt_len, self.tokenizer.pad))
 
     def one(self, ids, plan, u):
@@ -148,10 +157,3 @@ class Objective:
             return src[0], tgt[0]
         cut = 1 + int(u[0, 0] * (ids.shape[1] - self.tgt_len))  # of 1 .. the source's room
         return ids[0, :cut], ids[0, cut:cut + self.tgt_len]
-
-    def join(self, sources, targets, width):
-        """Source, separator, target in one sequence, padded on the right; the loss is on the target alone."""
-        rows = [np.concatenate([src, [self.tokenizer.sep], tgt]) for src, tgt in zip(sources, targets)]
-        ids, real = pad_rows(rows, width, self.tokenizer.pad)
-        starts = np.array([len(src) + 1 for src in sources])[:, None]
-        return None, None, ids, real & (np.arange(width)[None] >= starts)

@@ -4,7 +4,7 @@ import functools
 import numpy as np
 
 from data.cli import UserError
-from data.objectives import pad_rows
+from data.objectives import join, pad_rows
 from data.tokenizer import train_tokenizer
 
 
@@ -49,10 +49,7 @@ class Pairs:
         sources = [self.sources[i] for i in (rows if sources_of is None else sources_of)]
         targets = [self.targets[i] for i in rows]
         if self.decoder_only:
-            joined = [np.concatenate([s, [self.tokenizer.sep], t]) for s, t in zip(sources, targets)]
-            ids, real = pad_rows(joined, max(map(len, joined)), self.tokenizer.pad)
-            starts = np.array([len(s) + 1 for s in sources])[:, None]
-            return None, None, ids, real & (np.arange(ids.shape[1])[None] >= starts)
+            return join(sources, targets, self.tokenizer)
         src, src_mask = pad_rows(sources, max(map(len, sources)), self.tokenizer.pad)
         return (src, src_mask, *pad_rows(targets, max(map(len, targets)), self.tokenizer.pad))
 
@@ -64,9 +61,9 @@ class Pairs:
 
 
 class ByLength:
-    """Batches of rows of like length, as a pure function of (seed, step): each epoch shuffles the rows, sorts them by
-    length, a little blurred so that no two epochs have the same neighbours, cuts the line where a batch would exceed
-    `budget` positions, and shuffles the batches. Every row comes once an epoch."""
+    """Batches of rows of like length, as a pure function of (seed, step): each epoch sorts the rows by length,
+    a little blurred so that no two epochs have the same neighbours, cuts the line where a batch would exceed `budget`
+    positions, and shuffles the batches. Every row comes once an epoch."""
 
     def __init__(self, pairs, budget, seed):
         self.pairs, self.budget, self.seed = pairs, budget, seed
