@@ -4,8 +4,8 @@ Notable about this model:
 - A decoder-only model is an encoder-decoder model with no encoder: n_enc=0 removes the encoder and the cross-attention.
 - The dialect of the Llama family: pre-norm RMSNorm, RoPE (half-rotation), grouped-query attention, SwiGLU, tied
   embeddings, no biases. `Config` switches the few things that the paper's released model has instead.
-- RoPE rotates self-attention in both stacks; cross-attention has no positions. Past the trained length the base of RoPE
-  is stretched (NTK-aware), by a factor that each row of a request gets once, from its own length.
+- RoPE rotates self-attention in both stacks; cross-attention has no positions unless `cross_rope` gives it some. Past the
+  trained length the base of RoPE is stretched (NTK-aware), by a factor that each row of a request gets once, from its own length.
 - Inference state is explicit: a `Cache`, made once for a request, filled in place by `decode`.
 
 Names of sizes in the shape comments: B rows, S source tokens, T target tokens, C = n_embd, H heads, D = head_dim, V words.
@@ -41,6 +41,7 @@ class Config:
     tgt_len: int = 256         # trained length of the decoder; decoder-only: of prompt and answer together
     rope_theta: float = 10000.0
     mlp: str = "swiglu"        # or "gelu": the tanh approximation, one projection in
+    cross_rope: bool = False   # RoPE in cross-attention, source and answer both counted from 0: for answers that follow their source
     qk_norm: bool = True       # RMSNorm on every query and key head
     qkv_bias: bool = False     # biases of the query, key and value projections
     bias: bool = False         # biases of all other linear layers
@@ -272,17 +273,18 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(cfg.n_embd, cfg.norm_eps)
         self.mlp = MLP(cfg)
 
-    def forward(self, x, rope, mask=None, causal=False, store=None, encoded=None, memory=None, memory_mask=None):
+    def forward(self, x, rope, mask=None, causal=False, store=None, encoded=None, memory=None, memory_mask=None, cross_rope=None, memory_rope=None):
         """x (B, T, C). `store(k, v)` puts the new self-attention keys and values into a cache and returns all of them
-        so far. The source: its states `encoded` (B, S, C), or `memory`, the cross-attention keys and values made of them."""
+        so far. The source: its states `encoded` (B, S, C), or `memory`, the cross-attention keys and values made of them.
+        With config.cross_rope, cross_rope rotates the queries at the source and memory_rope the keys made of `encoded`."""
         h = self.attn_norm(x)
         k, v = self.attn.keys_values(h, rope)
         if store is not None:
             k, v = store(k, v)
         x = x + self.drop(self.attn(h, k, v, mask, causal, rope))
         if self.cross is not None:
-            memory = memory or self.cross.keys_values(encoded)
-            x = x + self.drop(self.cross(self.cross_norm(x), *memory, mask=memory_mask))
+            memory = memory or self.cross.keys_values(encoded, memory_rope)
+            x = x + self.drop(self.cross(self.cross_norm(x), *memory, mask=memory_mask, rope=cross_rope))
         return x + self.drop(self.mlp(self.mlp_norm(x)))
 
     def drop(self, y):
@@ -312,7 +314,8 @@ class Cache:
         self.values = torch.zeros(shape, dtype=like.dtype, device=like.device)
         self.memory = [None] * cfg.n_dec  # per layer: cross keys and values (B, H_kv, S, D), computed here once
         if encoded is not None:
-            self.memory = [block.cross.keys_values(encoded) for block in model.dec]
+            rope = model.cross_rope(torch.arange(encoded.size(1), device=like.device)[None])
+            self.memory = [block.cross.keys_values(encoded, rope) for block in model.dec]
         self.memory_mask = source_mask(src_mask)
 
     def store(self, layer, k, v):
@@ -419,17 +422,25 @@ class Transformer(nn.Module):
             x = block(x, rope, mask)
         return self.enc_norm(x)
 
+    def cross_rope(self, positions):
+        """RoPE of cross-attention at these positions (B or 1, T); None without config.cross_rope. Never stretched: how far an
+        answer strays from its place in the source does not grow with their lengths."""
+        cfg = self.config
+        return rope_tables(positions, cfg.head_dim, cfg.rope_theta) if cfg.cross_rope and cfg.n_enc else None
+
     def decode(self, tokens, encoded=None, src_mask=None, cache=None):
         """States (B, T, C) of the decoder after `tokens` (B, T), which are inputs, already shifted; `logits` reads them.
 
         Without a cache, `tokens` are the whole sequence, and `encoded` (B, S, C) the encoder's states. With one, they
         follow what the cache holds (any number of tokens at a time), and the source is already inside."""
         cfg, T = self.config, tokens.size(1)
-        positions = torch.arange(T, device=tokens.device)[None]
+        positions, memory_rope = torch.arange(T, device=tokens.device)[None], None
         if cache is None:
             lengths = torch.full((len(tokens),), T, device=tokens.device)
             stretch, mask, causal = stretch_of(lengths, T, cfg.tgt_len), None, True
             memory_mask = source_mask(src_mask)
+            if encoded is not None:
+                memory_rope = self.cross_rope(torch.arange(encoded.size(1), device=tokens.device)[None])
         else:
             if cache.length + T > cache.slots:
                 raise ModelError(f"the cache was made for {cache.slots} tokens and holds {cache.length}: no room for {T}")
@@ -438,13 +449,13 @@ class Transformer(nn.Module):
                 positions = (positions - cache.pad[:, None]).clamp(min=0)
             causal = cache.length == 0 and cache.pad is None and T > 1
             stretch, mask, memory_mask = cache.stretch, None if causal else cache.mask(T), cache.memory_mask
-        rope = rope_tables(positions, cfg.head_dim, cfg.rope_theta, stretch)
+        rope, cross_rope = rope_tables(positions, cfg.head_dim, cfg.rope_theta, stretch), self.cross_rope(positions)
         x = self.embed(tokens) * cfg.embed_scale
         for i, block in enumerate(self.dec):
             if cache is None:
-                x = block(x, rope, mask, causal, None, encoded, None, memory_mask)
+                x = block(x, rope, mask, causal, None, encoded, None, memory_mask, cross_rope, memory_rope)
             else:
-                x = block(x, rope, mask, causal, lambda k, v, i=i: cache.store(i, k, v), None, cache.memory[i], memory_mask)
+                x = block(x, rope, mask, causal, lambda k, v, i=i: cache.store(i, k, v), None, cache.memory[i], memory_mask, cross_rope)
         if cache is not None:
             cache.length += T
         return self.dec_norm(x)

@@ -54,6 +54,8 @@ class Settings:
     n_kv_head: int = setting(None, "key-value heads, instead of the preset's", type=int)
     head_dim: int = setting(None, "width of a head, instead of the preset's", type=int)
     n_hidden: int = setting(None, "width of the MLP; by default solved so that all of a preset have one size", type=int)
+    cross_rope: bool = setting(None, "RoPE in cross-attention: for answers that follow the order of their source. Default: on for seq2seq, off for "
+                               "pretraining, and as the run has it with --init_from", type=bool)
     objective: str = setting(None, "what is learnt; default: seq2seq for a task, else span for encdec, causal for dec",
                              ("span", "prefix", "causal", "ul2", "seq2seq"))
     noise: float = setting(0.15, "span corruption: share of the text that is hidden")
@@ -137,6 +139,10 @@ def resolve(cfg):
             raise UserError(f"--{name}={getattr(cfg, name)} must be at least 0 and below 1")
     if cfg.noise >= 1 or cfg.mean_span < 1:
         raise UserError(f"--noise={cfg.noise} must be below 1 and --mean_span={cfg.mean_span} at least 1")
+    if cfg.arch == "dec" and cfg.cross_rope:
+        raise UserError("--cross_rope=true is for --arch=encdec: a decoder-only model has no cross-attention")
+    if cfg.cross_rope is None:
+        cfg.cross_rope = cfg.arch == "encdec" and cfg.objective == "seq2seq"
     if cfg.arch == "dec" and cfg.n_enc:
         raise UserError(f"--n_enc={cfg.n_enc} is for --arch=encdec: a decoder-only model has no encoder")
     if is_task(cfg.data) and cfg.objective != "seq2seq":
@@ -786,10 +792,12 @@ def main():
         parent, old = read_config(cfg.init_from), read_record(cfg.init_from)["settings"]
         if (parent.n_enc > 0) != (cfg.arch == "encdec"):
             raise UserError(f"--init_from={cfg.init_from} is a {'encdec' if parent.n_enc else 'dec'} run, not --arch={cfg.arch}")
-        if fixed := {"preset", "split", "n_enc", "n_dec", "n_embd", "n_head", "n_kv_head", "head_dim", "n_hidden"} & set(given()):
-            raise UserError(f"--{min(fixed)} cannot be chosen with --init_from={cfg.init_from}, which has its sizes already")
-        for name in ("preset", "split", "n_enc", "n_dec"):  # the preset has the defaults of training, too
-            setattr(cfg, name, old.get(name, getattr(cfg, name)))
+        for name in ("preset", "split", "n_enc", "n_dec", "n_embd", "n_head", "n_kv_head", "head_dim", "n_hidden"):
+            if name in given() and getattr(cfg, name) != old.get(name):
+                raise UserError(f"--{name}={getattr(cfg, name)} cannot be chosen with --init_from={cfg.init_from}, which has its sizes already")
+            setattr(cfg, name, old.get(name))  # the preset has the defaults of training, too
+        if cfg.cross_rope is None:
+            cfg.cross_rope = parent.cross_rope
         if cfg.tokenizer == "bpe":
             cfg.tokenizer = cfg.init_from
         if cfg.objective != "seq2seq" and not is_task(cfg.data):  # the lengths of a task's rows have nothing to do with the run's
@@ -822,9 +830,9 @@ def main():
         if load_tokenizer(cfg.init_from).hash() != tokenizer.hash():
             raise UserError(f"--tokenizer={cfg.tokenizer} is not the one that {cfg.init_from} was trained with: leave it out")
         lengths = dict(src_len=cfg.src_len, tgt_len=cfg.tgt_len) if cfg.arch == "encdec" else dict(tgt_len=cfg.src_len + cfg.tgt_len)
-        model.config = replace(model.config, **lengths)
+        model.config = replace(model.config, cross_rope=cfg.cross_rope, **lengths)
     else:
-        chosen = {name: getattr(cfg, name) for name in ("n_embd", "n_head", "n_kv_head", "head_dim", "n_hidden")}
+        chosen = {name: getattr(cfg, name) for name in ("n_embd", "n_head", "n_kv_head", "head_dim", "n_hidden", "cross_rope")}
         chosen = {name: value for name, value in chosen.items() if value is not None}
         model = Transformer(make_config(cfg.preset, cfg.arch, cfg.split, cfg.n_enc, cfg.n_dec, cfg.src_len, cfg.tgt_len,
                                         vocab_size=tokenizer.vocab_size, pad_id=tokenizer.pad, bos_id=tokenizer.bos,

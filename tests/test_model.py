@@ -217,8 +217,9 @@ def test_a_batch_without_targets_or_source_is_finite():
 
 
 @pytest.mark.parametrize("longest", [20, 60])  # within the trained length of 24, and past it
-def test_padding_changes_nothing(longest):
-    model, lengths = tiny("encdec"), [7, longest, 30 if longest > 24 else 3]
+@pytest.mark.parametrize("cross_rope", [False, True])
+def test_padding_changes_nothing(longest, cross_rope):
+    model, lengths = tiny("encdec", cross_rope=cross_rope), [7, longest, 30 if longest > 24 else 3]
     rows = [ids(1, n, seed=n) for n in lengths]
     tgt = ids(3, 9)
     for width in (longest, longest + 13):
@@ -230,13 +231,35 @@ def test_padding_changes_nothing(longest):
                 close(batch[b:b + 1], model.decode(tgt[b:b + 1], model.encode(row)), 1e-4)
 
 
+def test_cross_rope_scores_by_the_distance_between_an_answer_and_its_place_in_the_source():
+    """With equal states everywhere, what cross-attention looks at depends on the distance alone: as a float64 loop has it."""
+    model = tiny("encdec", n_enc=1, n_dec=1, cross_rope=True)
+    seen = []
+    model.dec[0].cross.register_forward_hook(lambda module, inputs, kwargs, output: seen.append((inputs, kwargs["rope"])), with_kwargs=True)
+    with torch.no_grad():
+        encoded = torch.randn(1, 1, 32).expand(1, 9, 32)
+        model.decode(ids(1, 5), encoded)
+        (x, keys, _), rope = seen[0]
+        cross = model.dec[0].cross
+        q = M.rotate(cross.q_norm(cross.wq(x[:, :1].expand(1, 5, 32)).unflatten(-1, (4, 16))).transpose(1, 2), rope)
+        scores = q[:, ::2] @ keys.mT  # (1, 2, 5, 9)
+        q, k = q[0, 0, 0].double(), keys[0, 0, 0].double()  # at distance 0
+        for t in range(5):
+            for s in range(9):
+                close(scores[0, :, t, s], scores[0, :, 0, s - t] if s >= t else scores[0, :, t - s, 0], 1e-4)
+                angle = [(t - s) / 10000 ** (i / 8) for i in range(8)]
+                by_hand = sum((q[i] * k[i] + q[i + 8] * k[i + 8]) * math.cos(a) + (q[i] * k[i + 8] - q[i + 8] * k[i]) * math.sin(a)
+                              for i, a in enumerate(angle))
+                close(scores[0, 0, t, s].double(), by_hand, 1e-4)
+
+
 # --- cache
 
-@pytest.mark.parametrize("arch", ["encdec", "dec"])
+@pytest.mark.parametrize("arch, cross_rope", [("encdec", False), ("encdec", True), ("dec", False)])
 @pytest.mark.parametrize("T", [14, 40])  # trained length 16: below, and with NTK
 @pytest.mark.parametrize("chunks", [[1] * 100, [5, 1, 4, 100], [3] * 40])
-def test_cached_equals_full_recomputation_at_every_position(arch, T, chunks):
-    model, tokens, src = tiny(arch), ids(2, T), ids(2, 11, seed=1)
+def test_cached_equals_full_recomputation_at_every_position(arch, cross_rope, T, chunks):
+    model, tokens, src = tiny(arch, cross_rope=cross_rope), ids(2, T), ids(2, 11, seed=1)
     src_mask = torch.arange(11)[None] < torch.tensor([[11], [6]])
     with torch.no_grad():
         encoded = model.encode(src, src_mask) if arch == "encdec" else None
@@ -251,7 +274,7 @@ def test_cached_equals_full_recomputation_at_every_position(arch, T, chunks):
 
 @pytest.mark.parametrize("arch", ["encdec", "dec"])
 def test_left_padded_prompts_in_a_cache_equal_each_alone(arch):
-    model, lengths, T = tiny(arch), [3, 9, 6], 9
+    model, lengths, T = tiny(arch, cross_rope=True), [3, 9, 6], 9
     src = ids(3, 11, seed=1)
     with torch.no_grad():
         encoded = model.encode(src) if arch == "encdec" else None

@@ -281,12 +281,18 @@ def test_resumes_exactly(tmp_path, monkeypatch, capsys):
 
 def test_finetunes_a_pretrained_run(tmp_path, monkeypatch, capsys, text_file):
     call(train.main, [*TINY_ENC, f"--data={text_file}", "--out=pre", "--max_iters=3"], monkeypatch, capsys)
-    argv = ["--init_from=pre", f"--data={copy_task(tmp_path)}", "--objective=seq2seq", "--out=fine", "--max_iters=3", "--src_len=64", "--tgt_len=16",
+    argv = ["--init_from=pre", f"--data={copy_task(tmp_path)}", "--objective=seq2seq", "--max_iters=3", "--out=fine", "--src_len=64", "--tgt_len=16",
             "--batch_size=4", "--eval_rows=8", "--dtype=float32", "--device=cpu"]
     status, _, err = call(train.main, argv, monkeypatch, capsys)
     assert status == 0, err
     config = json.load(open("fine/config.json"))
     assert config["src_len"] == 64 and json.load(open("fine/tokenizer.json")) == json.load(open("pre/tokenizer.json"))
+    argv[4] = "--out=again"
+    status, _, err = call(train.main, [*argv, "--preset=nano", "--split=1/2"], monkeypatch, capsys)
+    assert status == 2 and "--split=1/2" in err
+    same = ["--preset=nano", "--split=2/3"]  # what it has anyway, as compare says it
+    status, _, err = call(train.main, [*argv, *same, "--cross_rope=true"], monkeypatch, capsys)
+    assert status == 0 and not config["cross_rope"] and json.load(open("again/config.json"))["cross_rope"], err
 
 
 def test_a_finished_run_is_not_evaluated_again(tmp_path, monkeypatch, capsys):
