@@ -469,7 +469,9 @@ def run(model, batch_at, loss_of, evaluate, cfg, world, flops_per_token, best=No
         return cfg.eval_interval or math.ceil((cfg.max_iters or 10 ** 9) / 8)
 
     timed = []
-    with catch_signals() as stop_signal, ThreadPoolExecutor(1) as ahead, \
+    # A batch of rare shape runs as it is: compiling for it in mid-training takes as long as thirty steps.
+    stance = torch.compiler.set_stance("eager_on_recompile") if world.compile else contextlib.nullcontext()
+    with catch_signals() as stop_signal, stance, ThreadPoolExecutor(1) as ahead, \
             tqdm(total=cfg.max_iters, initial=state["step"], unit="step", dynamic_ncols=True, disable=world.rank > 0) as bar:
         step, coming = state["step"], ahead.submit(batches, state["step"])
         while True:
