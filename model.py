@@ -380,6 +380,8 @@ class SummedLoss(nn.Module):
 # The model
 
 class Transformer(nn.Module):
+    word_dropout = 0.0  # share of the tokens that are hidden, in training; train.py sets it
+
     def __init__(self, config):
         super().__init__()
         self.config = cfg = config.check()
@@ -409,6 +411,13 @@ class Transformer(nn.Module):
         for block in self.dec if self.config.n_enc else []:
             block.cross.start_matching()
 
+    def embedded(self, ids):
+        """(B, T) -> (B, T, C). In training, word dropout (Bowman et al., 2016) hides tokens of the source and of the answer so far."""
+        x = self.embed(ids) * self.config.embed_scale
+        if self.training and self.word_dropout:
+            x = x * (torch.rand(ids.shape, device=ids.device) >= self.word_dropout)[:, :, None]
+        return x
+
     def encode(self, src, src_mask=None):
         """src (B, S) of ids, padded on the right; src_mask (B, S), True at real tokens -> states (B, S, C)."""
         cfg = self.config
@@ -417,7 +426,7 @@ class Transformer(nn.Module):
             lengths = torch.full((len(src),), src.size(1), device=src.device)
         positions = torch.arange(src.size(1), device=src.device)[None]
         rope = rope_tables(positions, cfg.head_dim, cfg.rope_theta, stretch_of(lengths, src.size(1), cfg.src_len))
-        mask, x = source_mask(src_mask), self.embed(src) * cfg.embed_scale
+        mask, x = source_mask(src_mask), self.embedded(src)
         for block in self.enc:
             x = block(x, rope, mask)
         return self.enc_norm(x)
@@ -450,7 +459,7 @@ class Transformer(nn.Module):
             causal = cache.length == 0 and cache.pad is None and T > 1
             stretch, mask, memory_mask = cache.stretch, None if causal else cache.mask(T), cache.memory_mask
         rope, cross_rope = rope_tables(positions, cfg.head_dim, cfg.rope_theta, stretch), self.cross_rope(positions)
-        x = self.embed(tokens) * cfg.embed_scale
+        x = self.embedded(tokens)
         for i, block in enumerate(self.dec):
             if cache is None:
                 x = block(x, rope, mask, causal, None, encoded, None, memory_mask, cross_rope, memory_rope)

@@ -91,6 +91,7 @@ class Settings:
     schedule: str = setting(None, "after the warm-up: cosine to zero, or linear to zero; default: the preset's",
                             ("cosine", "linear"))
     dropout: float = setting(0.0, "of what each part of a layer adds; for data sets that are seen many times")
+    word_dropout: float = setting(0.0, "share of the tokens, of the source and of the answer so far, that are hidden in training; for the same")
     label_smoothing: float = setting(0.0, "share of each target's probability that goes to all words; for the same. Not in held-out losses")
     grad_clip: float = setting(1.0, "largest norm of the gradient; 0 is off")
     eval_interval: int = setting(None, "steps between evaluations, each with a checkpoint; default: an eighth of the run", type=int)
@@ -134,7 +135,7 @@ def resolve(cfg):
     for name in ("src_len", "lr", "embed_lr", "weight_decay", "grad_clip", "eval_rows", "threads", "seed", "max_tokens", "patience"):
         if not getattr(cfg, name) >= 0:
             raise UserError(f"--{name}={getattr(cfg, name)} must not be negative")
-    for name in ("dropout", "label_smoothing"):
+    for name in ("dropout", "word_dropout", "label_smoothing"):
         if not 0 <= getattr(cfg, name) < 1:
             raise UserError(f"--{name}={getattr(cfg, name)} must be at least 0 and below 1")
     if cfg.noise >= 1 or cfg.mean_span < 1:
@@ -442,7 +443,7 @@ def run(model, batch_at, loss_of, evaluate, cfg, world, flops_per_token, best=No
     for module in model.modules():
         if isinstance(module, Block):
             module.dropout = cfg.dropout
-    model.loss.label_smoothing = cfg.label_smoothing
+    model.loss.label_smoothing, model.word_dropout = cfg.label_smoothing, cfg.word_dropout
     if world.compile:
         say("compiling, a minute or so")
         for module in model.compiled_parts():

@@ -413,7 +413,7 @@ def test_dropout_and_smoothing_are_for_training_alone():
     plain = model(src, None, tgt, mask)[1]
     for block in [*model.enc, *model.dec]:
         block.dropout = 0.5
-    model.loss.label_smoothing = 0.1
+    model.loss.label_smoothing, model.word_dropout = 0.1, 0.5
     model.eval()
     close(model(src, None, tgt, mask)[1], plain, 1e-6)
     model.train()
@@ -422,5 +422,7 @@ def test_dropout_and_smoothing_are_for_training_alone():
     assert abs(first - model(src, None, tgt, mask)[1]) > 1e-4  # another draw
     torch.manual_seed(0)
     close(model(src, None, tgt, mask)[1], first, 1e-6)
+    hidden = (model.embedded(ids(20, 30)) == 0).all(-1)  # whole tokens
+    assert 0.4 < hidden.float().mean() < 0.6 and ((model.embedded(ids(20, 30)) == 0).float().mean() < 0.6)
     y = model.dec[0].drop(torch.ones(400, 3, 50))
     assert set(y.unique().tolist()) == {0.0, 2.0} and (y[:, 0] == y[:, 2]).all() and abs(y.mean() - 1) < 0.05
