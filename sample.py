@@ -129,7 +129,6 @@ def cross_attention(model, source, answer):
         x, keys, values = inputs
         q = attention.q_norm(attention.wq(x).unflatten(-1, (attention.n_head, attention.head_dim))).transpose(1, 2)
         q = q if kwargs["rope"] is None else rotate(q, kwargs["rope"])
-        q = q if kwargs["rope"] is None else rotate(q, kwargs["rope"])
         keys = keys.repeat_interleave(attention.n_head // attention.n_kv_head, dim=1)
         maps.append((q.float() @ keys.float().mT * attention.head_dim ** -0.5).softmax(-1)[0])
     for block in model.dec:

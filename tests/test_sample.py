@@ -135,9 +135,10 @@ def test_a_task_run_prints_its_answer_alone(talk):
     assert outs[0] == outs[1] and "question" not in outs[0]
 
 
-def test_attention_is_what_the_model_computes(talk, monkeypatch):
+@pytest.mark.parametrize("cross_rope", [False, True])
+def test_attention_is_what_the_model_computes(talk, monkeypatch, cross_rope):
     """The drawn weights, put on the values by hand, give the output of every cross-attention."""
-    model = tiny("encdec", n_head=4, n_kv_head=2)
+    model = tiny("encdec", n_head=4, n_kv_head=2, cross_rope=cross_rope)
     source, answer = [5, 6, 7, 8, 9], [10, 11, 12]
     seen = []
     hooks = [block.cross.register_forward_hook(lambda module, inputs, output: seen.append((module, inputs, output))) for block in model.dec]
