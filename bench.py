@@ -38,7 +38,7 @@ from data.tasks import is_task, load_task
 from data.tokenizer import load_tokenizer
 from model import PRESETS, ModelError, Transformer, make_config
 from train import Settings as TrainSettings
-from train import Finetuning, World, answers, evenly, held_out, keep_memory, loss_of, make_optimizers, pair_losses, resolve
+from train import Finetuning, World, answers, eval_starts, evenly, held_out, keep_memory, loss_of, make_optimizers, pair_losses, resolve
 
 
 @dataclass
@@ -250,6 +250,7 @@ def bench_quality(cfg):
         objective = Objective(settings.objective, tokenizer, settings.src_len, settings.tgt_len, settings.arch == "dec", settings.noise, settings.mean_span)
         found = held_out(model, corpus.splits["val"], objective, settings, world)
         found["perplexity"] = math.exp(found["text_loss"])
+        found |= continuation_loss(model, tokenizer, corpus.splits["val"], settings, world)
     else:
         same = data.split(":")[0] == settings.data.split(":")[0]
         columns = (settings.source_col, settings.target_col) if same else (None, None)
@@ -282,29 +283,49 @@ def score_task(model, tokenizer, task, settings, cfg, world):
 
 
 @torch.no_grad()
-def score_choices(model, tokenizer, objective, questions, cfg, world):
-    """Accuracy in percent by log-likelihood: of a choice as it is (acc), and divided by its bytes (acc_norm). A causal or
-    prefix run continues the question with the choice; a span run fills it into a hole behind the question."""
-    questions = [questions[i] for i in evenly(len(questions), cfg.eval_rows)]
+def continuation_logp(model, tokenizer, objective, heads, bodies, world):
+    """Log-probability (rows,) in nats of each body behind its head, both lists of ids, the heads of one length. A causal or prefix
+    run goes on where the head ends; a span run fills a hole behind it."""
+    skip, ends = 0, []
+    if objective in ("span", "ul2"):
+        hole = [tokenizer.sentinel(0)]
+        bodies, skip, ends = [hole + list(body) for body in bodies], 1, hole + [tokenizer.eos]
     decoder_only = model.config.n_enc == 0
+    if decoder_only and objective != "causal":
+        ends = [*ends, tokenizer.sep]
+    heads = [[*head, *ends] for head in heads]
+    if decoder_only:
+        bodies, skip = [head + list(body) for head, body in zip(heads, bodies)], len(heads[0]) + skip
+    tgt, real = pad_rows([np.array(body) for body in bodies], max(map(len, bodies)), tokenizer.pad)
+    src = None if decoder_only else torch.tensor(heads, device=world.device)
+    tgt, mask = torch.from_numpy(tgt).to(world.device), torch.from_numpy(real & (np.arange(real.shape[1]) >= skip)).to(world.device)
+    with world.precision():
+        logits, _ = model(src, None, tgt, mask)
+    return logits.float().log_softmax(-1).gather(2, tgt[:, :, None])[:, :, 0].masked_fill(~mask, 0).sum(1).cpu().numpy()
+
+
+def continuation_loss(model, tokenizer, tokens, settings, world):
+    """Nats a token of held-out text given the text before it: what runs of different objectives can be compared by. What stands
+    before is as long as a source can be beside a hole, whether the objective has one or not."""
+    before, after = settings.src_len - 2, settings.tgt_len - 1
+    if min(before, after) < 1 or len(tokens) < before + after:
+        return {}
+    starts = eval_starts(len(tokens), before + after, settings.eval_rows or 1024, False)
+    total = 0
+    for rows in np.array_split(starts, math.ceil(len(starts) / settings.batch_size)):
+        ids = tokens.windows(rows, before + after).tolist()
+        total += continuation_logp(model, tokenizer, settings.objective, [row[:before] for row in ids], [row[before:] for row in ids], world).sum()
+    return dict(continuation_loss=-float(total) / (len(starts) * after))
+
+
+def score_choices(model, tokenizer, objective, questions, cfg, world):
+    """Accuracy in percent by log-likelihood: of a choice as it is (acc), and divided by its bytes (acc_norm)."""
+    questions = [questions[i] for i in evenly(len(questions), cfg.eval_rows)]
     right = np.zeros(2)
     for question, choices, answer in tqdm(questions, desc="choices"):
         head = tokenizer.encode(f"Question: {question}\nAnswer:")
         bodies = tokenizer.encode_batch([" " + choice for choice in choices])
-        if objective in ("span", "ul2"):
-            hole = [tokenizer.sentinel(0)]
-            head, bodies, skip = [*head, *hole, tokenizer.eos], [hole + body for body in bodies], 1
-        else:
-            skip = 0
-        if decoder_only:
-            head = head if objective == "causal" else [*head, tokenizer.sep]
-            bodies, skip = [head + body for body in bodies], len(head) + skip
-        tgt, real = pad_rows([np.array(body) for body in bodies], max(map(len, bodies)), tokenizer.pad)
-        src = None if decoder_only else torch.tensor([head] * len(choices), device=world.device)
-        tgt, mask = torch.from_numpy(tgt).to(world.device), torch.from_numpy(real & (np.arange(real.shape[1]) >= skip)).to(world.device)
-        with world.precision():
-            logits, _ = model(src, None, tgt, mask)
-        logp = logits.float().log_softmax(-1).gather(2, tgt[:, :, None])[:, :, 0].masked_fill(~mask, 0).sum(1).cpu().numpy()
+        logp = continuation_logp(model, tokenizer, objective, [head] * len(choices), bodies, world)
         size = np.array([len(choice.encode()) for choice in choices])
         right += [logp.argmax() == answer, (logp / size).argmax() == answer]
     return dict(rows=len(questions), acc=100 * right[0] / len(questions), acc_norm=100 * right[1] / len(questions),

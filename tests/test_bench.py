@@ -8,7 +8,7 @@ import torch
 
 import bench
 import train
-from bench import score_choices
+from bench import continuation_loss, score_choices
 from conftest import TINY_DEC, TINY_ENC, call, one_line
 from data.choices import load_choices
 from data.tokenizer import Tokenizer
@@ -91,6 +91,34 @@ def test_choices_are_scored_by_their_likelihood(objective, arch):
         eval_rows = 0
     got = score_choices(model, tok, objective, questions, Cfg, World)
     assert (got["acc"], got["acc_norm"], got["rows"]) == (50 * wins[0], 50 * wins[1], 2) and got["chance"] == pytest.approx(100 * (1 / 3 + 1 / 2) / 2)
+
+
+@pytest.mark.parametrize("objective, arch", [("span", "encdec"), ("causal", "dec")])
+def test_continuation_is_of_the_text_that_follows(objective, arch):
+    """The loss of each window's last tokens, one window at a time."""
+    tok = Tokenizer("bytes")
+    model = tiny(arch, vocab_size=tok.vocab_size, pad_id=tok.pad, bos_id=tok.bos, eos_id=tok.eos)
+    text = np.random.default_rng(0).integers(0, tok.n_text, 60)
+
+    class Tokens:
+        windows = staticmethod(lambda starts, n: np.stack([text[s:s + n] for s in starts]))
+        __len__ = lambda self: len(text)
+
+    class World:
+        device = torch.device("cpu")
+        precision = staticmethod(torch.no_grad)
+
+    class Run:
+        src_len, tgt_len, eval_rows, batch_size = 14, 6, 3, 2
+    Run.objective = objective
+    losses = []
+    for start in (0, (60 - 17) // 2, 60 - 17):
+        before, after = text[start:start + 12].tolist(), text[start + 12:start + 17].tolist()
+        encoded = model.encode(torch.tensor([[*before, tok.sentinel(0), tok.eos]])) if objective == "span" else None
+        inputs = [tok.bos, tok.sentinel(0), *after] if objective == "span" else [tok.bos, *before, *after]
+        logp = model.logits(model.decode(torch.tensor([inputs[:-1]]), encoded)).log_softmax(-1)[0, -5:]
+        losses += [-logp[t, id].item() for t, id in enumerate(after)]
+    assert continuation_loss(model, tok, Tokens(), Run, World)["continuation_loss"] == pytest.approx(np.mean(losses), abs=1e-5)
 
 
 def test_compare_skips_what_is_there(tmp_path, monkeypatch, capsys):
