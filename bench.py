@@ -36,7 +36,7 @@ from data.pairs import Pairs
 from data.runs import ROOT, newest_run, read_record
 from data.tasks import is_task, load_task
 from data.tokenizer import load_tokenizer
-from model import PRESETS, ModelError, Transformer, make_config
+from model import PRESETS, Transformer, make_config
 from train import Settings as TrainSettings
 from train import Finetuning, World, answers, eval_starts, evenly, held_out, keep_memory, loss_of, make_optimizers, pair_losses, resolve
 
@@ -531,4 +531,4 @@ def main():
 
 
 if __name__ == "__main__":
-    script(main, ModelError)
+    script(main)

@@ -3,6 +3,7 @@
     python sample.py --prompt="def area(width, height):\\n    return <mask>"   fills the holes (span-trained runs)
     python sample.py --run=out/dec-nano-pycode --prompt="import os" --temperature=0.8 --num_samples=3
     cat file.py | python sample.py                                           the newest run, prompt from standard input
+    python sample.py --run=out/encdec-nano-pycode-int8 --prompt="..."        an export: then torch is not needed
 
 A span-trained model reads <mask> as a hole and prints the whole text with the holes filled (a prompt without <mask> gets
 one at its end); a causal or prefix one goes on where the prompt ends; one trained on a task prints its answer.
@@ -12,6 +13,7 @@ import sys
 from dataclasses import dataclass
 
 from data.cli import UserError, parse, script, setting
+from data.exported import Exported, is_export, read_about
 from data.objectives import fill_spans
 from data.runs import newest_run, read_record
 from data.tokenizer import N_SENTINELS, load_tokenizer
@@ -21,7 +23,7 @@ MASK = "<mask>"
 
 @dataclass
 class Settings:
-    run: str = setting(None, "run folder; default: the newest in out/")
+    run: str = setting(None, "run folder, or a folder that export.py wrote; default: the newest run in out/")
     prompt: str = setting(None, "the text to start from; default: standard input. \\n is a line break")
     max_new_tokens: int = setting(None, "longest answer, in tokens; default: what the model was trained for", type=int)
     temperature: float = setting(0.0, "0 takes the likeliest token; higher is more varied")
@@ -157,27 +159,15 @@ def draw_attention(weights, source, answer, tokenizer, path):
     plt.close(figure)
 
 
-def main():
-    cfg = parse(Settings, __doc__)
-    for name in ("max_new_tokens", "beams", "num_samples"):
-        if getattr(cfg, name) is not None and getattr(cfg, name) < 1:
-            raise UserError(f"--{name}={getattr(cfg, name)} must be at least 1")
-    if not (cfg.temperature == 0 or 0.01 <= cfg.temperature < 100) or cfg.top_k < 0 or not 0 < cfg.top_p <= 1:
-        raise UserError("--temperature is 0 or lies from 0.01 to 100, --top_k must not be negative, --top_p lies above 0 and at most at 1")
-    if cfg.num_samples > 1 and cfg.temperature == 0:
-        raise UserError(f"--num_samples={cfg.num_samples} at --temperature=0 would print one answer so many times: use --temperature=0.8")
-    if cfg.beams > 1 and cfg.temperature > 0:
-        raise UserError("--beams searches for the likeliest answer and --temperature draws: use one of them")
-    if cfg.show_attention and not cfg.show_attention.endswith((".png", ".pdf", ".svg")):
-        raise UserError(f"--show_attention={cfg.show_attention} must end in .png, .pdf or .svg")
-    run = cfg.run or newest_run()
-    objective, tokenizer = read_record(run)["settings"]["objective"], load_tokenizer(run)
-    if cfg.prompt is None and sys.stdin.isatty():
-        print(f"{run} ({objective}); type a prompt" + (f" with {MASK} for holes" if objective == "span" else "") +
-              ", end it with Ctrl-D", file=sys.stderr)
-    text = sys.stdin.read() if cfg.prompt is None else cfg.prompt.replace("\\n", "\n")
-    text = text.strip() if objective == "seq2seq" else text
+def load_exported(cfg, run):
+    if cfg.beams > 1 or cfg.show_attention:
+        raise UserError(f"{'--beams' if cfg.beams > 1 else '--show_attention'} works on run folders; {run} is an export")
+    if cfg.dtype != "auto":
+        raise UserError(f"--dtype={cfg.dtype}: an export has the precision it was written with; python export.py --precision=... writes another")
+    return Exported(run, cfg.threads, "cpu" if cfg.device == "auto" else cfg.device)
 
+
+def load_torch(cfg, run):
     import torch
     from model import Transformer, has_bf16
     if cfg.threads:
@@ -194,7 +184,33 @@ def main():
     if cfg.show_attention and (not model.config.n_enc or not 0 <= (cfg.attention_layer or 0) < model.config.n_dec):
         raise UserError(f"--show_attention: {run} is decoder-only and has no source apart" if not model.config.n_enc else
                         f"--attention_layer={cfg.attention_layer}: {run} has the decoder layers 0 to {model.config.n_dec - 1}")
-    model.pack()
+    return model.pack()
+
+
+def main():
+    cfg = parse(Settings, __doc__)
+    for name in ("max_new_tokens", "beams", "num_samples"):
+        if getattr(cfg, name) is not None and getattr(cfg, name) < 1:
+            raise UserError(f"--{name}={getattr(cfg, name)} must be at least 1")
+    if not (cfg.temperature == 0 or 0.01 <= cfg.temperature < 100) or cfg.top_k < 0 or not 0 < cfg.top_p <= 1:
+        raise UserError("--temperature is 0 or lies from 0.01 to 100, --top_k must not be negative, --top_p lies above 0 and at most at 1")
+    if cfg.num_samples > 1 and cfg.temperature == 0:
+        raise UserError(f"--num_samples={cfg.num_samples} at --temperature=0 would print one answer so many times: use --temperature=0.8")
+    if cfg.beams > 1 and cfg.temperature > 0:
+        raise UserError("--beams searches for the likeliest answer and --temperature draws: use one of them")
+    if cfg.show_attention and not cfg.show_attention.endswith((".png", ".pdf", ".svg")):
+        raise UserError(f"--show_attention={cfg.show_attention} must end in .png, .pdf or .svg")
+    run = cfg.run or newest_run()
+    exported = is_export(run)
+    objective = read_about(run)["objective"] if exported else read_record(run)["settings"]["objective"]
+    tokenizer = load_tokenizer(run)
+    if cfg.prompt is None and sys.stdin.isatty():
+        print(f"{run} ({objective}); type a prompt" + (f" with {MASK} for holes" if objective == "span" else "") +
+              ", end it with Ctrl-D", file=sys.stderr)
+    text = sys.stdin.read() if cfg.prompt is None else cfg.prompt.replace("\\n", "\n")
+    text = text.strip() if objective == "seq2seq" else text
+
+    model = load_exported(cfg, run) if exported else load_torch(cfg, run)
     prompt = encode_prompt(text, tokenizer, objective, model.config.n_enc == 0)
     if cfg.max_new_tokens is None:
         cfg.max_new_tokens = model.config.tgt_len if model.config.n_enc else max(64, model.config.tgt_len - len(prompt))
@@ -224,5 +240,4 @@ def main():
 
 
 if __name__ == "__main__":
-    from model import ModelError
-    script(main, ModelError)
+    script(main)

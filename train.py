@@ -39,7 +39,7 @@ from data.pairs import ByLength, Pairs, train_pair_tokenizer
 from data.runs import Log, free_folder, read_record, record
 from data.tasks import evaluation_texts, is_task, load_task
 from data.tokenizer import load_tokenizer
-from model import PRESETS, Block, ModelError, Transformer, has_bf16, make_config, read_config, read_metadata
+from model import PRESETS, Block, Transformer, has_bf16, make_config, read_config, read_metadata
 
 
 @dataclass
@@ -863,4 +863,4 @@ def main():
 
 
 if __name__ == "__main__":
-    script(main, ModelError)
+    script(main)

@@ -64,13 +64,11 @@ def reader(kind):
     return read_bool
 
 
-def script(main, *more_errors):
-    """Runs a script's main(); a UserError (or one of `more_errors`) becomes one line on stderr and exit status 2."""
+def script(main):
+    """Runs a script's main(); a UserError (or model.ModelError, told by its name because importing it would import torch) becomes one
+    line on stderr and exit status 2."""
     try:
         sys.exit(main())
-    except (UserError, *more_errors) as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output has left, as `| head` does
@@ -79,4 +77,9 @@ def script(main, *more_errors):
     except OSError as error:
         full = ": free some space and go on" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else ""
         print(f"error: {error.strerror or error} ({error.filename or 'a file'}){full}", file=sys.stderr)
+        sys.exit(2)
+    except Exception as error:
+        if not isinstance(error, UserError) and type(error).__name__ != "ModelError":
+            raise
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)

@@ -13,7 +13,6 @@ import torch
 
 import data.cli
 import data.corpus
-from model import ModelError
 
 torch.set_num_threads(2)
 
@@ -48,7 +47,7 @@ def call(main, argv, monkeypatch, capsys):
     capsys.readouterr()
     status = 0
     try:
-        data.cli.script(main, ModelError)
+        data.cli.script(main)
     except SystemExit as stop:
         status = stop.code or 0
     out, err = capsys.readouterr()

@@ -1,0 +1,201 @@
+"""Runs a folder that export.py wrote, with numpy and onnxruntime alone: what one deploys. Needs no torch.
+
+The folder holds encoder.onnx and decoder.onnx (a decoder-only model has the latter alone), weights.bin behind both,
+config.json, tokenizer.json and export.json (precision, objective, size of every file).
+
+Rows of a request are padded on the right, and each row's keys and values lie in its caches from slot 0 on: unlike torch's
+side (`model.Cache`), which pads on the left, no row needs to know of another's length.
+"""
+import json
+import os
+from types import SimpleNamespace
+
+import numpy as np
+
+from data.cli import UserError
+
+FILE = "export.json"
+
+
+def is_export(folder):
+    return os.path.exists(os.path.join(folder, FILE))
+
+
+def rope_table(slots, head_dim, theta, stretch=1.0):
+    """cos and sin of RoPE's angles at positions 0 .. slots - 1, (slots, D/2) each; `stretch` as in model.rope_tables."""
+    power = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    base = np.float32(theta) * np.float32(stretch) ** np.float32(head_dim / (head_dim - 2))
+    angle = np.arange(slots, dtype=np.float32)[:, None] * (base ** -power)[None]
+    return np.cos(angle), np.sin(angle)
+
+
+class Exported:
+    """The model of a folder. `generate` is that of model.Transformer."""
+
+    def __init__(self, folder, threads=0, device="cpu"):
+        try:
+            import onnxruntime
+        except ImportError:
+            raise UserError(f"{folder} is an ONNX export: pip install onnxruntime runs it") from None
+        self.about = read_about(folder)
+        self.config = SimpleNamespace(**self.about["config"])
+        self.float = np.float16 if self.about["precision"] == "fp16" else np.float32
+        self.ort, self.device = onnxruntime, device
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads  # 0 is all physical cores
+        options.log_severity_level = 3
+        providers = ["CPUExecutionProvider"] if device == "cpu" else ["CUDAExecutionProvider", "CPUExecutionProvider"]
+        if providers[0] not in onnxruntime.get_available_providers():
+            raise UserError(f"--device={device}: this onnxruntime has no {providers[0]} (it has {', '.join(onnxruntime.get_available_providers())})")
+
+        def session(name):
+            try:
+                return onnxruntime.InferenceSession(os.path.join(folder, name), options, providers=providers)
+            except Exception as error:  # onnxruntime raises kinds of its own for what it cannot load
+                raise UserError(f"{folder}/{name} cannot be loaded ({type(error).__name__}: {str(error)[:200]}): export it again") from None
+        self.encoder = session("encoder.onnx") if self.config.n_enc else None
+        self.decoder = session("decoder.onnx")
+
+    def value(self, array):
+        """An array where the sessions want it; on a CPU its own memory, so that what is written later is seen."""
+        return self.ort.OrtValue.ortvalue_from_numpy(array, self.device)
+
+    def encode(self, prompts):
+        """Lists of ids -> (memory, lengths): every decoder layer's cross-attention keys and values, (B, H_kv, S, D) each, by name,
+        and the sources' lengths (B,)."""
+        cfg = self.config
+        lengths = np.array([max(1, len(prompt)) for prompt in prompts])  # an empty source lets its first padding be seen
+        width = int(lengths.max())
+        tokens = np.array([[*prompt, *[cfg.pad_id] * (width - len(prompt))] for prompt in prompts], dtype=np.int64)
+        feeds = dict(tokens=tokens, last=(lengths - 1).astype(np.int32), total=np.array(width, np.int32),
+                     **self.rope(width, np.array([len(prompt) for prompt in prompts]) / cfg.src_len))
+        feeds |= dict(positions=feeds["rows"][:, None] + np.arange(width), cross_positions=np.arange(width)[None] + 0 * lengths[:, None])
+        binding = self.encoder.io_binding()
+        for name in (item.name for item in self.encoder.get_inputs()):
+            binding.bind_ortvalue_input(name, self.value(feeds[name]))
+        names = [item.name for item in self.encoder.get_outputs()]
+        for name in names:
+            binding.bind_output(name, self.device)
+        self.encoder.run_with_iobinding(binding)
+        return dict(zip(names, binding.get_outputs())), lengths
+
+    def rope(self, slots, stretch):
+        """RoPE's tables for a request: those of every stretch among its rows (B,) on top of one another, and where each row's begin;
+        and cross-attention's, which is never stretched."""
+        cfg = self.config
+        found, which = np.unique(np.maximum(stretch, 1).astype(np.float32), return_inverse=True)
+        cos, sin = (np.concatenate(part).astype(self.float) for part in zip(*[rope_table(slots, cfg.head_dim, cfg.rope_theta, s) for s in found]))
+        plain_cos, plain_sin = (part.astype(self.float) for part in rope_table(slots, cfg.head_dim, cfg.rope_theta))
+        return dict(cos=cos, sin=sin, cross_cos=plain_cos, cross_sin=plain_sin, rows=which.reshape(-1) * slots)
+
+    def start(self, prompts, max_new_tokens, prefix=None):
+        """Reads the prompts, with room for max_new_tokens more -> (Request, logits (B, V) of the first new token)."""
+        cfg = self.config
+        if max_new_tokens < 1 or not prompts:
+            raise UserError(f"cannot generate {max_new_tokens} tokens for {len(prompts)} prompts: both must be positive")
+        heads = prefix or [[]] * len(prompts)
+        if not cfg.n_enc:
+            heads = [[*prompt, *head] for prompt, head in zip(prompts, heads)]
+        if bad := [id for ids in (*prompts, *heads) for id in ids if not 0 <= id < cfg.vocab_size]:
+            raise UserError(f"token id {bad[0]} is outside the model's vocabulary of {cfg.vocab_size}")
+        memory = self.encode(prompts) if cfg.n_enc else ({}, None)
+        request = Request(self, [1 + len(head) for head in heads], max_new_tokens, *memory)
+        width = 1 + max(map(len, heads))
+        tokens = np.array([[cfg.bos_id, *head, *[cfg.pad_id] * (width - 1 - len(head))] for head in heads], dtype=np.int64)
+        lengths = np.array([1 + len(head) for head in heads])
+        return request, request.feed(tokens, lengths, np.arange(len(heads)) * width + lengths - 1)
+
+    def generate(self, prompts, max_new_tokens, temperature=0.0, top_k=0, top_p=1.0, seed=0, prefix=None):
+        """Continues B prompts at once, streaming: yields, per step, a list of B new ids, None for rows that have ended."""
+        request, logits = self.start(prompts, max_new_tokens, prefix)
+        rngs = [np.random.default_rng(seed + b) for b in range(len(prompts))]
+        ended = np.zeros(len(prompts), dtype=bool)
+        for step in range(max_new_tokens):
+            tokens = pick(logits, temperature, top_k, top_p, rngs)
+            ended |= tokens == self.config.eos_id
+            if ended.all():
+                return
+            yield [None if end else int(id) for end, id in zip(ended, tokens)]
+            if step < max_new_tokens - 1:
+                logits = request.step(tokens)
+
+
+class Request:
+    """The state of one request: the caches, which the decoder writes in place, and what else it is fed."""
+
+    def __init__(self, model, lengths, max_new_tokens, memory, src_lengths):
+        cfg, rows = model.config, len(lengths)
+        slots = max(lengths) + max_new_tokens - 1
+        tables = model.rope(slots, (np.array(lengths) + max_new_tokens - 1) / cfg.tgt_len)
+        self.model, self.filled, self.first = model, np.zeros(rows, dtype=np.int64), tables.pop("rows")
+        self.binding = model.decoder.io_binding()
+        self.inputs = names = {item.name for item in model.decoder.get_inputs()}
+        if src_lengths is not None:
+            tables["source"] = (np.arange(src_lengths.max()) < src_lengths[:, None]).astype(np.int32)
+        fixed = memory | {name: model.value(array) for name, array in tables.items() if name in names}
+        for layer in range(cfg.n_dec):
+            for part in ("key", "value"):
+                cache = model.value(np.zeros((rows, cfg.n_kv_head, slots, cfg.head_dim), dtype=model.float))
+                fixed[f"past_{part}_{layer}"] = cache
+                self.binding.bind_ortvalue_output(f"{part}_{layer}", cache)
+        self.fixed = fixed  # keeps them alive
+        for name, value in fixed.items():
+            self.binding.bind_ortvalue_input(name, value)
+
+    def feed(self, tokens, lengths, keep):
+        """Reads `lengths` (B,) of the tokens (B, T), of each row behind what it has -> logits (len(keep), V) at the positions `keep` of
+        the flattened tokens. With more than one row, more than one token may only come first."""
+        self.filled += lengths
+        width = tokens.shape[1]
+        before = self.filled - lengths
+        feeds = dict(tokens=tokens, positions=(self.first + before)[:, None] + np.arange(width), last=(self.filled - 1).astype(np.int32),
+                     total=np.array(before.max() + width, np.int32), keep=keep.astype(np.int64))
+        if "cross_positions" in self.inputs:
+            feeds["cross_positions"] = before[:, None] + np.arange(width)
+        logits = np.empty((len(keep), self.model.config.vocab_size), self.model.float)
+        for name, array in feeds.items():
+            self.binding.bind_ortvalue_input(name, self.model.ort.OrtValue.ortvalue_from_numpy(array))
+        self.binding.bind_ortvalue_output("logits", self.model.ort.OrtValue.ortvalue_from_numpy(logits))
+        self.model.decoder.run_with_iobinding(self.binding)
+        return logits
+
+    def step(self, tokens):
+        """One token (B,) a row -> logits (B, V) of the next."""
+        rows = len(tokens)
+        return self.feed(tokens.reshape(rows, 1).astype(np.int64), np.ones(rows, dtype=np.int64), np.arange(rows))
+
+
+def pick(logits, temperature, top_k, top_p, rngs):
+    """One token a row from logits (B, V), as model.pick."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.astype(np.float64) / temperature
+    if top_k:
+        least = np.sort(logits, axis=-1)[:, -min(top_k, logits.shape[1])][:, None]
+        logits = np.where(logits < least, -np.inf, logits)
+    probs = np.exp(logits - logits.max(-1, keepdims=True))
+    probs /= probs.sum(-1, keepdims=True)
+    if top_p < 1:
+        order = np.argsort(-probs, axis=-1, kind="stable")
+        ordered = np.take_along_axis(probs, order, -1)
+        np.put_along_axis(probs, order, np.where(ordered.cumsum(-1) - ordered < top_p, ordered, 0), -1)
+        probs /= probs.sum(-1, keepdims=True)
+    return np.array([rng.choice(probs.shape[1], p=row) for rng, row in zip(rngs, probs)])
+
+
+def read_about(folder):
+    """export.json; UserError if the folder is no export or a file of it is missing or cut off."""
+    path = os.path.join(folder, FILE)
+    try:
+        with open(path, encoding="utf-8") as f:
+            about = json.load(f)
+        files = about["files"]
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: {folder} is no export; python export.py --run={folder} makes one of a run") from None
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{path} cannot be read: it is damaged or not written by this project") from None
+    for name, size in files.items():
+        found = os.path.getsize(os.path.join(folder, name)) if os.path.exists(os.path.join(folder, name)) else None
+        if found != size:
+            raise UserError(f"{folder}/{name} " + ("is missing" if found is None else f"has {found:,} bytes, not {size:,}: it was cut off or altered") + "; export it again")
+    return about
