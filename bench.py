@@ -1,7 +1,10 @@
 """Measures what models cost. Every subcommand prints a table and, with --json=FILE, writes the rows behind it.
 
     python bench.py train                     training tokens/s: encoder-decoder, decoder-only, Hugging Face T5 beside them
-    python bench.py speed --preset=330m       first token and tokens/s of generating, batch 1, 512 in, 128 out
+    python bench.py speed                     first token and tokens/s of generating, 330m, batch 1, 512 in, 128 out, in torch and ONNX Runtime;
+                                              --src=128,512,1024,4096 --plot=FILE is a sweep, --clients=1,4,16 a server
+    python bench.py flops                     counted, of a forward pass, against the paper's claims
+    python bench.py memory                    of weights and caches while generating
     python bench.py quality --run=RUN         scores a run on held-out rows of its task; --data=TASK: on another, or on
                                               multiple choice (mmlu, arc_easy, arc_challenge), or on text (perplexity)
     python bench.py compare --data=TASK       trains and scores decoder-only and the three splits, seed by seed
@@ -15,46 +18,90 @@ import json
 import math
 import os
 import platform
+import queue
 import shlex
 import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing import get_context
+from types import SimpleNamespace
 
 import numpy as np
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from data.choices import is_choice, load_choices
 from data.cli import UserError, parse, script, setting
 from data.corpus import prepare
+from data.exported import Exported
 from data.metrics import score
 from data.objectives import Objective, pad_rows
 from data.pairs import Pairs
 from data.runs import ROOT, newest_run, read_record
 from data.tasks import is_task, load_task
 from data.tokenizer import load_tokenizer
-from model import PRESETS, Transformer, make_config
+from model import PRESETS, Transformer, count_params, make_config
 from train import Settings as TrainSettings
 from train import Finetuning, World, answers, eval_starts, evenly, held_out, keep_memory, loss_of, make_optimizers, pair_losses, resolve
 
 
+ARCHS = ("dec", "1/3", "1/2", "2/3")
+
+
 @dataclass
-class Speed:
-    preset: str = setting(None, "size; default: small for train, 330m for speed", tuple(PRESETS))
+class Train:
+    preset: str = setting("small", "size", tuple(PRESETS))
     split: str = setting("2/3", "the encoder's share of the layers", ("1/3", "1/2", "2/3"))
-    engine: str = setting("all", "all, or some of encdec, dec, t5 (Hugging Face's, the peer), separated by commas")
+    engine: str = setting("encdec,dec,t5", "some of encdec, dec, t5 (Hugging Face's, the peer), separated by commas")
     src: int = setting(512, "source tokens a row")
-    new: int = setting(128, "speed: tokens generated a row; train: target tokens a row")
-    batch: str = setting(None, "rows a forward pass; train takes several, separated by commas, and keeps the best; default: 1 for "
-                         "speed, 4,8,16 for train")
-    rows: int = setting(64, "train: rows an optimizer step, accumulated over passes of --batch rows")
-    dtype: str = setting("auto", "auto (train: tries both and keeps the best), float32 or bfloat16", ("auto", "float32", "bfloat16"))
-    compile: str = setting("auto", "torch.compile of our layers; auto: in train where train.py would, not in speed", ("auto", "true", "false"))
+    new: int = setting(128, "target tokens a row")
+    batch: str = setting("4,8,16", "rows a forward pass; of several, separated by commas, the best is kept")
+    rows: int = setting(64, "rows an optimizer step, accumulated over passes of --batch rows")
+    dtype: str = setting("auto", "auto (tries both and keeps the best), float32 or bfloat16", ("auto", "float32", "bfloat16"))
+    compile: str = setting("auto", "torch.compile of our layers; auto: where train.py would", ("auto", "true", "false"))
     repeats: int = setting(5, "measurements behind each median")
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
+    threads: int = setting(0, "CPU threads; 0 is torch's own choice")
+    json: str = setting(None, "write the rows to this file")
+
+
+@dataclass
+class Speed:
+    preset: str = setting("330m", "size", tuple(PRESETS))
+    archs: str = setting("dec,2/3", "decoder-only and splits of the encoder-decoder, separated by commas, or all")
+    engine: str = setting("torch,onnx-fp32,onnx-int8,onnx-int4", "some of torch, compiled (what reads the prompt by torch.compile), onnx-fp32, onnx-fp16, "
+                          "onnx-int8, onnx-int4, nocache (torch, all read again at every step), t5 (Hugging Face's), separated by commas, or all")
+    src: str = setting("512", "tokens in; several, separated by commas, are a sweep")
+    new: str = setting("128", "tokens out; several are a sweep")
+    batch: str = setting("1", "rows at once; several are a sweep")
+    examples: int = setting(None, "requests behind each mean; default: as many as take 20 seconds, from 3 to 100", type=int)
+    clients: str = setting(None, "instead: so many clients, each waiting for its answer before it asks again; several are a sweep")
+    dtype: str = setting("auto", "of torch's engines", ("auto", "float32", "bfloat16"))
+    device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
+    threads: int = setting(0, "CPU threads; 0 is the engine's own choice")
+    seed: int = setting(1337, "of the prompts")
+    plot: str = setting(None, "draw the sweep into this file")
+    json: str = setting(None, "write the rows to this file")
+
+
+@dataclass
+class Cost:
+    preset: str = setting("330m", "size", tuple(PRESETS))
+    archs: str = setting("dec,1/3,1/2,2/3", "decoder-only and splits of the encoder-decoder, separated by commas, or all")
+    src: int = setting(4096, "tokens in")
+    new: int = setting(256, "tokens out")
+    batch: int = setting(32, "memory: rows at once")
+    dtype: str = setting("float32", "memory: of weights and caches", ("float32", "bfloat16"))
+    device: str = setting("auto", "memory: auto, cpu, cuda, cuda:N or mps")
     threads: int = setting(0, "CPU threads; 0 is torch's own choice")
     json: str = setting(None, "write the rows to this file")
 
@@ -185,41 +232,284 @@ def bench_train(cfg):
     return rows
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Generation
+
+ENGINES = ("torch", "compiled", "onnx-fp32", "onnx-fp16", "onnx-int8", "onnx-int4", "nocache", "t5")
+PAPER = {"CPU": (1591 / 2242, 15.3 / 4.0), "GPU": (86 / 149, 37.4 / 9.7), "NPU": (189 / 358, 123.8 / 26.5)}  # table 2: first token, tokens/s; 2/3 over dec
+
+
 def bench_speed(cfg):
-    """Generation: time to the first token, then tokens/s; random weights, which speed does not depend on."""
-    rows, batch = [], int(cfg.batch or 1)
-    _, world = train_world(cfg, cfg.dtype, "false")
-    dtype = world.dtype
-    for engine in tqdm(cfg.engine.split(","), desc="speed"):
-        torch.manual_seed(0)
-        config = make_config(cfg.preset, "dec" if engine == "dec" else "encdec", cfg.split)
-        with torch.device(world.device):
-            model = (peer_t5(config) if engine == "t5" else Transformer(config)).to(dtype).eval()
-        compiled = engine != "t5" and cfg.compile == "true"
-        if engine != "t5":
-            model.pack()
-        if compiled:  # what reads the prompt; the decoder's steps, each of another length, gain nothing
-            for module in model.enc:
-                module.compile()
-        prompts = torch.randint(5, cfg.vocab, (batch, cfg.src), device=world.device)
-
-        def generate(n):
-            if engine == "t5":
-                with torch.inference_mode():
-                    model.generate(prompts, max_new_tokens=n, min_new_tokens=n, do_sample=False)
-                return
-            model.config.eos_id = -1  # never ends early
-            made = sum(1 for _ in model.generate(prompts.tolist(), n))
-            assert made == n
-
-        first = statistics.median(seconds(lambda: generate(1), world.device, cfg.repeats))
-        whole = statistics.median(seconds(lambda: generate(cfg.new), world.device, cfg.repeats))
-        rows.append(dict(arch="dec" if engine == "dec" else "encdec", split=cfg.split, engine=f"{engine}-{str(dtype)[6:]}{'-compiled' * compiled}", cache=True, batch=batch,
-                         src=cfg.src, new=cfg.new, params_m=round(sum(p.numel() for p in model.parameters()) / 1e6, 1),
-                         first_ms=round(first * 1e3, 1), tok_s=round(batch * (cfg.new - 1) / (whole - first), 2)))
-        tqdm.write(json.dumps(rows[-1]), file=sys.stderr)
-    table(rows, ("engine", "params_m", "batch", "src", "new", "first_ms", "tok_s"))
+    """Generation with random weights, which speed does not depend on. A process for each engine and architecture, so that one's
+    memory and threads are not another's."""
+    pairs = [(arch, engine) for arch in cfg.archs.split(",") for engine in cfg.engine.split(",") if engine != "t5" or arch != "dec"]
+    if len(pairs) == 1:
+        rows = speed_of(cfg, *pairs[0])
+    else:
+        rows = []
+        for arch, engine in tqdm(pairs, desc="speed"):
+            try:
+                rows += apart(speed_of, cfg, arch, engine)
+            except (UserError, BrokenProcessPool) as error:  # the others go on
+                tqdm.write(f"{arch}, {engine}: {'its process was killed; out of memory?' if isinstance(error, BrokenProcessPool) else error}", file=sys.stderr)
+    if not rows:
+        raise UserError("no engine could be measured; what each said stands above")
+    columns = ["arch", "split", "engine", "batch", "src", "new"]
+    columns += ["clients", "requests_s", "p50_ms", "p95_ms"] if cfg.clients else ["examples", "first_ms", "tok_s", "spread", "bound_tok_s", "peak_mb"]
+    table(rows, columns)
+    for engine in cfg.engine.split(",") if not cfg.clients else []:
+        found = {(row["split"] or "dec"): row for row in rows if row["engine"] == engine and row["new"] > 1}
+        if "dec" in found and "2/3" in found and len(pairs) == len(rows):
+            first, rate = (found["2/3"][key] / found["dec"][key] for key in ("first_ms", "tok_s"))
+            print(f"{engine}: 2/3 against decoder-only, first token in {first:.2f} of its time, {rate:.2f} times its tokens/s; the paper's table 2: " +
+                  ", ".join(f"{name} {a:.2f} and {b:.1f}" for name, (a, b) in PAPER.items()))
+    if cfg.plot:
+        plot_speed(rows, cfg.plot)
     return rows
+
+
+def apart(function, *args):
+    """Its result, from a process of its own."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
+
+
+def speed_of(cfg, arch, engine):
+    """Rows of one engine: every combination of the lengths and batches asked for."""
+    _, world = train_world(cfg, cfg.dtype, "false")
+    config = make_config(cfg.preset, *(("dec",) if arch == "dec" else ("encdec", arch)))
+    common = dict(arch="dec" if arch == "dec" else "encdec", split=None if arch == "dec" else arch, engine=engine, cache=engine != "nocache")
+    shapes = [(src, new, batch) for src in numbers(cfg.src) for new in numbers(cfg.new) for batch in numbers(cfg.clients or cfg.batch)]
+    for shape in shapes:
+        check_room(config, engine, *shape, world)
+    run, about, rng, rows = *make_engine(engine, config, cfg, world), np.random.default_rng(cfg.seed), []
+    for src, new, batch in tqdm(shapes, desc=f"{arch} {engine}", leave=False):
+        if cfg.clients:
+            rows.append(common | dict(batch=f"to {batch}", src=src, new=new, clients=batch) | serve(run, batch, src, new, config.vocab_size, rng))
+            continue
+        times, start = [], time.perf_counter()
+        while len(times) <= (cfg.examples or (100 if time.perf_counter() - start < 20 else 3)):
+            prompts, begin = rng.integers(5, config.vocab_size, (batch, src)).tolist(), time.perf_counter()
+            marks = run(prompts, new)
+            assert len(marks) == new
+            times.append((marks[0] - begin, marks[-1] - marks[0]))
+        first, rest = np.array(times[1:]).T  # the first one warms up
+        read = about["step_bytes"] + batch * cache_bytes(config, src, new // 2, about["itemsize"])
+        rows.append(common | dict(batch=batch, src=src, new=new, examples=len(first), params_m=round(about["params"] / 1e6, 1), first_ms=round(first.mean() * 1e3, 1),
+                                  first_median_ms=round(float(np.median(first)) * 1e3, 1), tok_s=round(batch * (new - 1) / rest.mean(), 2) if new > 1 else None,
+                                  tok_median_s=round(batch * (new - 1) / float(np.median(rest)), 2) if new > 1 else None,
+                                  spread=round((rest if new > 1 else first).std() / (rest if new > 1 else first).mean(), 3),
+                                  read_mb=round(read / 1e6, 1), peak_mb=peak_memory(world.device)))
+    bandwidth = read_bandwidth(world.device) if not cfg.clients else 0
+    for row in rows if not cfg.clients else []:  # no step can be faster than its weights and caches are read
+        row |= dict(read_gb_s=round(bandwidth / 1e9, 1), bound_tok_s=round(row["batch"] * bandwidth / row["read_mb"] / 1e6, 1))
+    return rows
+
+
+def make_engine(engine, config, cfg, world):
+    """-> (run(prompts, new), which gives the times at which the tokens came, and what it reads a step)."""
+    torch.manual_seed(0)
+    if engine == "t5":
+        if cfg.batch != "1" or cfg.clients or config.n_enc < config.n_dec:
+            raise UserError("t5 streams one row only, and its cache fails with more decoder than encoder layers: --batch=1, split 1/2 or 2/3")
+        model = peer_t5(config).to(world.device, world.dtype).eval()
+        return functools.partial(t5_marks, model), about_of(model, model.decoder.parameters(), model.shared.weight)
+    with torch.device(world.device):
+        model = Transformer(config).eval()
+    if engine.startswith("onnx-"):
+        from export import write
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # the weights stay mapped
+            write(model, os.path.join(folder, "x"), engine[5:])
+            params, model = model.num_params(), None
+            twin = Exported(os.path.join(folder, "x"), cfg.threads, world.device.type)
+            twin.config.eos_id = -1  # never ends early
+            return marks_of(twin.generate), dict(params=params, step_bytes=twin.step_bytes, itemsize=np.dtype(twin.float).itemsize)
+    model = model.to(world.dtype)
+    model.config.eos_id = -1
+    about = about_of(model, model.dec.parameters(), model.embed.weight)
+    if engine == "nocache":
+        return marks_of(functools.partial(generate_without_cache, model)), about
+    model.pack()
+    if engine == "compiled":  # the decoder's steps, each of another length, gain nothing
+        for module in model.enc:
+            module.compile()
+    return marks_of(model.generate), about
+
+
+def marks_of(generate):
+    return lambda prompts, new: [time.perf_counter() for _ in generate(prompts, new)]
+
+
+def about_of(model, decoder, embed):
+    weights = {id(p): p for p in (*decoder, embed)}.values()
+    return dict(params=sum(p.numel() for p in model.parameters()), step_bytes=sum(p.numel() * p.element_size() for p in weights), itemsize=embed.element_size())
+
+
+@torch.inference_mode()
+def generate_without_cache(model, prompts, new):
+    """What a model without a cache does, the paper's released code among them: the decoder reads its whole prefix at every step."""
+    ids = torch.tensor(prompts, device=model.embed.weight.device)
+    bos = torch.full_like(ids[:, :1], model.config.bos_id)
+    encoded, tokens = (model.encode(ids), bos) if model.config.n_enc else (None, torch.cat((bos, ids), 1))
+    for _ in range(new):
+        tokens = torch.cat((tokens, model.logits(model.decode(tokens, encoded)[:, -1]).argmax(-1, keepdim=True)), 1)
+        yield tokens[:, -1].tolist()
+
+
+@torch.inference_mode()
+def t5_marks(model, prompts, new):
+    marks = []
+    streamer = SimpleNamespace(put=lambda ids: marks.append(time.perf_counter()), end=lambda: None)
+    model.generate(torch.tensor(prompts, device=model.device), max_new_tokens=new, min_new_tokens=new, do_sample=False, streamer=streamer)
+    return marks[1:]  # the first is the decoder's start token
+
+
+def serve(run, clients, src, new, vocab, rng, seconds=20):
+    """Requests a second and how long they take, for `clients` that each wait for their answer before they ask again. Whoever waits
+    when the model is free goes into its next batch. Prompts are of half of `src` to all of it."""
+    waiting, stop, taken = queue.Queue(), time.perf_counter() + seconds, []
+
+    def client(seed):
+        rng = np.random.default_rng(seed)
+        while time.perf_counter() < stop:
+            start, answered = time.perf_counter(), threading.Event()
+            waiting.put((rng.integers(5, vocab, rng.integers(src // 2, src + 1)).tolist(), answered))
+            answered.wait()
+            taken.append(time.perf_counter() - start)
+
+    run([[5] * src] * clients, 2)  # warms up
+    crowd = [threading.Thread(target=client, args=(int(seed),)) for seed in rng.integers(2 ** 31, size=clients)]
+    start = time.perf_counter()
+    for thread in crowd:
+        thread.start()
+    while any(thread.is_alive() for thread in crowd) or not waiting.empty():
+        with contextlib.suppress(queue.Empty):
+            batch = [waiting.get(timeout=0.1)]
+            while not waiting.empty():
+                batch.append(waiting.get())
+            run([prompt for prompt, _ in batch], new)
+            for _, answered in batch:
+                answered.set()
+    return dict(requests_s=round(len(taken) / (time.perf_counter() - start), 3), p50_ms=round(float(np.percentile(taken, 50)) * 1e3),
+                p95_ms=round(float(np.percentile(taken, 95)) * 1e3), requests=len(taken))
+
+
+def numbers(text):
+    return [int(part) for part in text.split(",")]
+
+
+def cache_bytes(config, src, new, itemsize):
+    """Keys and values of one row: of the tokens so far in every decoder layer, and of the source."""
+    return 2 * config.n_dec * config.n_kv_head * config.head_dim * (src + new) * itemsize
+
+
+def check_room(config, engine, src, new, batch, world):
+    """Stops before a CPU's memory is full and the machine swaps."""
+    if world.device.type != "cpu" or not os.path.exists("/proc/meminfo"):
+        return
+    with open("/proc/meminfo", encoding="utf-8") as f:
+        free = next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
+    itemsize = 4 if engine.startswith("onnx") else world.dtype.itemsize
+    weights = count_params(config) * (8 if engine.startswith("onnx") else 2 * itemsize)  # the export; a packed copy
+    read = src if config.n_enc else src + new
+    row = cache_bytes(config, src, new, itemsize) + itemsize * (read * (6 * config.n_embd + 3 * config.n_hidden) + config.n_head * read * min(read, src + new) + 2 * config.vocab_size)
+    if weights + batch * row > free:
+        fits = int((free - weights) // row)
+        raise UserError(f"--batch={batch} with --src={src} --new={new} takes about {(weights + batch * row) / 2 ** 30:.1f} GiB, and {free / 2 ** 30:.1f} GiB are free: "
+                        + (f"--batch={fits} would fit" if fits > 0 else "not even one row fits"))
+
+
+def read_bandwidth(device):
+    """Bytes a second that all threads read together from memory: the best of some sums over 1 GiB."""
+    data = torch.ones(2 ** 28, device=device)
+    return data.nbytes / min(seconds(lambda: data.sum(), device, 5))
+
+
+def peak_memory(device):
+    """MB that this process has held at most: of the GPU's memory, or resident."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated() / 1e6)
+    if os.path.exists("/proc/self/status"):  # Linux hands a child its parent's ru_maxrss
+        with open("/proc/self/status", encoding="utf-8") as f:
+            return round(next(int(line.split()[1]) * 1024 for line in f if line.startswith("VmHWM")) / 1e6)
+    import resource
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6)
+
+
+def plot_speed(rows, path):
+    """First token and tokens/s over what was swept."""
+    plt = pyplot()
+    over = max(("src", "new", "batch"), key=lambda name: len({row[name] for row in rows}))
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4))
+    for key in dict.fromkeys((row["split"] or "decoder-only", row["engine"]) for row in rows):
+        group = [row for row in rows if (row["split"] or "decoder-only", row["engine"]) == key]
+        for axis, value in zip(axes, ("first_ms", "tok_s")):
+            axis.plot([row[over] for row in group], [row[value] for row in group], "o-", ms=4, label=", ".join(key))
+    for axis, label in zip(axes, ("first token, ms", "tokens/s after it")):
+        axis.set(xlabel=dict(src="tokens in", new="tokens out", batch="rows at once")[over], ylabel=label, xscale="log", ylim=(0, None))
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What can be counted
+
+def bench_flops(cfg):
+    """Forward FLOPs of one row, analytically and by torch's counter, the causal attention in full and halved; and the paper's claims."""
+    rows = []
+    for arch in cfg.archs.split(","):
+        config = make_config(cfg.preset, *(("dec",) if arch == "dec" else ("encdec", arch)))
+        with torch.device("meta"):
+            model = Transformer(config)
+            src = None if arch == "dec" else torch.zeros(1, cfg.src, dtype=torch.long)
+            tgt = torch.zeros(1, cfg.new + (cfg.src if arch == "dec" else 0), dtype=torch.long)
+            counter = FlopCounterMode(display=False)
+            with counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():  # the fused kernel is not counted
+                model(src, None, tgt, torch.ones_like(tgt, dtype=torch.bool))
+        full = model.flops(0 if arch == "dec" else cfg.src, tgt.size(1))
+        causal = config.n_dec * 2 * config.n_head * config.head_dim * tgt.size(1) ** 2  # half of q k and of the weights times v
+        rows.append(dict(arch=arch, src=cfg.src, new=cfg.new, params_m=round(count_params(config) / 1e6, 1), gflop=round(full / 1e9, 3),
+                         gflop_counted=round(counter.get_total_flops() / 1e9, 3), gflop_halved=round((full - causal) / 1e9, 3)))
+    for row in rows:
+        if rows[0]["arch"] == "dec":
+            row["of_dec"], row["of_dec_halved"] = (round(row[key] / rows[0][key], 3) for key in ("gflop", "gflop_halved"))
+    table(rows, list(rows[0]))
+    return rows
+def bench_memory(cfg):
+    """Bytes while generating: weights, and caches of two kinds, one that keeps every layer's cross-attention keys and values (fast, and what
+    the code here does) and one that keeps the encoder's last states alone (small: the paper's wording). Measured for one row."""
+    rows, itemsize = [], getattr(torch, cfg.dtype).itemsize
+    for arch in tqdm(cfg.archs.split(","), desc="memory"):
+        config = make_config(cfg.preset, *(("dec",) if arch == "dec" else ("encdec", arch)))
+        weights = count_params(config) * itemsize
+        full = cache_bytes(config, cfg.src, cfg.new, itemsize)
+        small = cache_bytes(config, 0, cfg.new, itemsize) + cfg.src * config.n_embd * itemsize if config.n_enc else full
+        measured = apart(measure_memory, cfg, arch)
+        mb = lambda n: round(n / 1e6)
+        rows.append(dict(arch=arch, src=cfg.src, new=cfg.new, batch=cfg.batch, weights_mb=mb(weights), cache_mb=mb(cfg.batch * full), small_cache_mb=mb(cfg.batch * small),
+                         total_mb=mb(weights + cfg.batch * full), small_total_mb=mb(weights + cfg.batch * small), one_row_mb=mb(weights + full), one_row_peak_mb=measured))
+    for row in rows:
+        if rows[0]["arch"] == "dec":
+            row["of_dec"], row["small_of_dec"] = (round(row[key] / rows[0][key], 3) for key in ("total_mb", "small_total_mb"))
+    table(rows, list(rows[0]))
+    return rows
+
+
+def measure_memory(cfg, arch):
+    """MB that generating for one row takes at most, the libraries' own not counted."""
+    _, world = train_world(cfg, cfg.dtype, "false")
+    config, before = make_config(cfg.preset, *(("dec",) if arch == "dec" else ("encdec", arch))), peak_memory(world.device)
+    check_room(config, "torch", cfg.src, cfg.new, 1, world)
+    with torch.device("meta"):
+        model = Transformer(config)
+    model = model.to(world.dtype).to_empty(device=world.device).eval()
+    for p in model.parameters():
+        torch.nn.init.zeros_(p)
+    for _ in zip(range(2), model.generate([[5] * cfg.src], cfg.new)):  # the caches are made whole before the first token
+        pass
+    return peak_memory(world.device) - before
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -431,9 +721,7 @@ def commit():
 
 
 def plot_compare(rows, metric, cfg):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(6, 4))
     archs, presets = cfg.archs.split(","), cfg.preset.split(",")
     for k, preset in enumerate(presets):
@@ -459,6 +747,13 @@ def table(rows, columns):
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths)))
 
 
+def pyplot():
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    return plt
+
+
 def machine(threads):
     name = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
@@ -468,39 +763,74 @@ def machine(threads):
     return dict(cpu=name, cores=os.cpu_count(), threads=torch.get_num_threads(), gpu=gpu, torch=torch.__version__, python=platform.python_version())
 
 
-COMMANDS = {"train": (Speed, bench_train), "speed": (Speed, bench_speed), "quality": (Quality, bench_quality), "compare": (Compare, bench_compare)}
+def check_list(cfg, name, known, everything=None):
+    """--name holds some of `known`, separated by commas; "all" is all of them."""
+    if getattr(cfg, name) == "all":
+        setattr(cfg, name, ",".join(everything or known))
+    if bad := [value for value in getattr(cfg, name).split(",") if value not in known]:
+        raise UserError(f"--{name}={bad[0]}: it takes {', '.join(known)}, separated by commas, or all")
 
 
-def check_speed(cfg, word):
-    cfg.preset = cfg.preset or ("small" if word == "train" else "330m")
-    cfg.engine = {"all": "encdec,dec,t5"}.get(cfg.engine, cfg.engine)
-    for name in cfg.engine.split(","):
-        if name not in ("encdec", "dec", "t5"):
-            raise UserError(f"--engine={name}: it takes encdec, dec, t5")
+def check_train(cfg):
+    check_list(cfg, "engine", ("encdec", "dec", "t5"))
+    check_numbers(cfg, "batch")
     for name in ("src", "new", "repeats", "rows"):
-        if getattr(cfg, name) < (2 if name == "new" else 1):
+        if getattr(cfg, name) < 1:
             raise UserError(f"--{name}={getattr(cfg, name)} is too small")
-    if not all(size.isdigit() and int(size) > 0 for size in (cfg.batch or "1").split(",")):
-        raise UserError(f"--batch={cfg.batch} must be positive numbers")
-    if word == "speed" and "," in (cfg.batch or ""):
-        raise UserError("speed takes one --batch")
     cfg.vocab = PRESETS[cfg.preset]["vocab_size"]
 
 
+def check_numbers(cfg, name):
+    if not all(part.isdigit() and int(part) > 0 for part in getattr(cfg, name).split(",")):
+        raise UserError(f"--{name}={getattr(cfg, name)} must be a positive number, or several separated by commas")
+
+
+def check_speed(cfg):
+    check_list(cfg, "archs", ARCHS)
+    check_list(cfg, "engine", ENGINES)
+    for name in ("src", "new", "batch", *(["clients"] if cfg.clients else [])):
+        check_numbers(cfg, name)
+    if cfg.examples is not None and cfg.examples < 1:
+        raise UserError(f"--examples={cfg.examples} must be at least 1")
+    if cfg.clients and (cfg.plot or cfg.batch != "1"):
+        raise UserError("--clients makes batches of whoever waits, and draws nothing: leave --batch and --plot out")
+    check_plot(cfg)
+
+
+def check_cost(cfg):
+    check_list(cfg, "archs", ARCHS)
+    for name in ("src", "new", "batch"):
+        if getattr(cfg, name) < 1:
+            raise UserError(f"--{name}={getattr(cfg, name)} must be at least 1")
+
+
+def check_plot(cfg):
+    if cfg.plot and not cfg.plot.endswith((".png", ".pdf", ".svg")):
+        raise UserError(f"--plot={cfg.plot} must end in .png, .pdf or .svg")
+
+
+def check_quality(cfg):
+    for name in ("batch_size", "eval_rows", "threads"):
+        if getattr(cfg, name) < (name == "batch_size"):
+            raise UserError(f"--{name}={getattr(cfg, name)} is too small")
+
+
 def check_compare(cfg):
-    for name, known in (("preset", PRESETS), ("archs", ("dec", "1/3", "1/2", "2/3"))):
-        if bad := [value for value in getattr(cfg, name).split(",") if value not in known]:
-            raise UserError(f"--{name}={bad[0]}: it takes {', '.join(known)}, separated by commas")
+    check_list(cfg, "preset", tuple(PRESETS))
+    check_list(cfg, "archs", ARCHS)
     if (cfg.equal == "time") == (cfg.max_iters is not None):
         raise UserError("--equal=time takes --max_minutes; --equal=tokens and --equal=flops take --max_iters")
     try:
         shlex.split(cfg.train)
     except ValueError as error:
         raise UserError(f"--train={cfg.train}: {error}") from None
-    if cfg.plot and not cfg.plot.endswith((".png", ".pdf", ".svg")):
-        raise UserError(f"--plot={cfg.plot} must end in .png, .pdf or .svg")
+    check_plot(cfg)
     if cfg.seeds < 1:
         raise UserError(f"--seeds={cfg.seeds} must be at least 1")
+
+
+COMMANDS = {"train": (Train, check_train, bench_train), "speed": (Speed, check_speed, bench_speed), "flops": (Cost, check_cost, bench_flops),
+            "memory": (Cost, check_cost, bench_memory), "quality": (Quality, check_quality, bench_quality), "compare": (Compare, check_compare, bench_compare)}
 
 
 def main():
@@ -510,16 +840,9 @@ def main():
             raise UserError(f"the first word is one of {', '.join(COMMANDS)}; --help tells more")
         print(__doc__)
         return
-    kind, command = COMMANDS[words[0]]
+    kind, check, command = COMMANDS[words[0]]
     cfg = parse(kind, __doc__, words[1:])
-    if kind is Speed:
-        check_speed(cfg, words[0])
-    if kind is Compare:
-        check_compare(cfg)
-    if kind is Quality:
-        for name in ("batch_size", "eval_rows", "threads"):
-            if getattr(cfg, name) < (name == "batch_size"):
-                raise UserError(f"--{name}={getattr(cfg, name)} is too small")
+    check(cfg)
     if cfg.json:
         open(cfg.json, "a", encoding="utf-8").close()  # that it can be written should not turn out at the end
     rows = command(cfg)

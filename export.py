@@ -303,10 +303,13 @@ def write(model, folder, precision, objective="seq2seq"):
     weights = Weights(os.path.join(folder, "weights.bin"))
     if model.config.n_enc:
         encoder_graph(model, weights, precision).save(os.path.join(folder, "encoder.onnx"), "encoder")
-    decoder_graph(model, weights, precision).save(os.path.join(folder, "decoder.onnx"), "decoder")
+    g = decoder_graph(model, weights, precision)
+    g.save(os.path.join(folder, "decoder.onnx"), "decoder")
     weights.file.close()
+    read = {name.split(" as ")[0] for name in g.tensors if not (name.startswith("embed") and model.head is not None)}
     sizes = {name: os.path.getsize(os.path.join(folder, name)) for name in sorted(os.listdir(folder))}
-    write_json(os.path.join(folder, FILE), dict(precision=precision, objective=objective, config=asdict(model.config), files=sizes))
+    write_json(os.path.join(folder, FILE), dict(precision=precision, objective=objective, config=asdict(model.config), files=sizes,
+                                                step_bytes=sum(weights.places[name][1] for name in read if name in weights.places)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

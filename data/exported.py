@@ -38,7 +38,7 @@ class Exported:
         except ImportError:
             raise UserError(f"{folder} is an ONNX export: pip install onnxruntime runs it") from None
         self.about = read_about(folder)
-        self.config = SimpleNamespace(**self.about["config"])
+        self.config, self.step_bytes = SimpleNamespace(**self.about["config"]), self.about["step_bytes"]  # bytes of weights that a step reads
         self.float = np.float16 if self.about["precision"] == "fp16" else np.float32
         self.ort, self.device = onnxruntime, device
         options = onnxruntime.SessionOptions()

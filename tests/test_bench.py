@@ -1,6 +1,7 @@
 """bench.py: scoring a run, and the comparison of the architectures, on tiny runs."""
 import json
 import os
+import time
 
 import numpy as np
 import pytest
@@ -171,3 +172,59 @@ def test_choices_bad_input(tmp_path):
         load_choices("arc_easy:nowhere")
     with pytest.raises(UserError, match="could not be reached.*--data=mmlu:FILE"):
         load_choices("mmlu")
+
+
+def test_speed_of_engines_in_processes_of_their_own(monkeypatch, capsys):
+    """Rows of every engine; what is not installed or cannot run says so, and the others go on."""
+    argv = ["speed", "--preset=nano", "--archs=dec,2/3", "--engine=torch,onnx-int8", "--src=16", "--new=4", "--examples=2", "--device=cpu", "--json=s.json", "--plot=s.png"]
+    status, out, err = call(bench.main, argv, monkeypatch, capsys)
+    assert status == 0 and "onnx-int8: 2/3 against decoder-only" in out and os.path.getsize("s.png") > 1000, err
+    rows = json.load(open("s.json"))["rows"]
+    assert [(row["arch"], row["split"], row["engine"]) for row in rows] == [(a, s, e) for a, s in (("dec", None), ("encdec", "2/3")) for e in ("torch", "onnx-int8")]
+    assert all(row["first_ms"] > 0 and row["tok_s"] > 0 and row["cache"] and row["examples"] == 2 and row["bound_tok_s"] > 0 for row in rows)
+    assert rows[0]["params_m"] == rows[1]["params_m"]
+
+
+def test_generation_without_a_cache_is_the_same():
+    for arch in ("encdec", "dec"):
+        model = tiny(arch)
+        model.config.eos_id = -1
+        prompts = [[5, 6, 7, 8], [9, 8, 7, 6]]
+        assert list(bench.generate_without_cache(model, prompts, 5)) == list(model.generate(prompts, 5))
+
+
+def test_serving_answers_everyone():
+    """Whoever waits goes into the next batch; every client gets its answers one after the other."""
+    sizes = []
+
+    def run(prompts, new):
+        sizes.append(len(prompts))
+        time.sleep(0.01)
+    found = bench.serve(run, 3, 8, 2, 50, np.random.default_rng(0), seconds=0.3)
+    assert max(sizes) == 3 and found["requests"] == sum(sizes[1:]) and 5 <= found["p50_ms"] <= found["p95_ms"]
+
+
+def test_flops_are_those_that_torch_counts(monkeypatch, capsys):
+    status, out, err = call(bench.main, ["flops", "--preset=mini", "--src=300", "--new=50", "--json=f.json"], monkeypatch, capsys)
+    rows = json.load(open("f.json"))["rows"]
+    assert status == 0 and len(rows) == 4, err
+    for row in rows:
+        assert row["gflop"] == pytest.approx(row["gflop_counted"], rel=0.01) and row["gflop_halved"] < row["gflop"]
+
+
+def test_memory(monkeypatch, capsys):
+    """Caches by their formula; the measured peak holds at least the weights and one row's caches."""
+    status, out, err = call(bench.main, ["memory", "--preset=mini", "--archs=dec,2/3", "--src=3000", "--batch=4", "--device=cpu", "--json=m.json"], monkeypatch, capsys)
+    dec, encdec = json.load(open("m.json"))["rows"]
+    assert status == 0 and dec["cache_mb"] == round(4 * 2 * 8 * 256 * (3000 + 256) * 4 / 1e6), err
+    assert encdec["small_cache_mb"] == round(4 * (2 * 2 * 256 * 256 + 3000 * 256) * 4 / 1e6)
+    assert dec["one_row_peak_mb"] > dec["one_row_mb"] and encdec["one_row_peak_mb"] > encdec["one_row_mb"]
+
+
+def test_costs_bad_input(monkeypatch, capsys):
+    for argv, says in [(["speed", "--engine=onnx-int3"], "--engine=onnx-int3"), (["speed", "--new=0"], "--new=0"), (["speed", "--src=1,x"], "--src=1,x"),
+                       (["speed", "--archs=3/4"], "--archs=3/4"), (["speed", "--examples=0"], "--examples"), (["speed", "--clients=0"], "--clients"),
+                       (["speed", "--plot=x.txt"], "--plot"), (["flops", "--src=0"], "--src=0"), (["train", "--engine=x"], "--engine=x"),
+                       (["speed", "--preset=1b", "--archs=dec", "--engine=torch", "--batch=4096", "--src=4096"], "would fit")]:
+        status, _, err = call(bench.main, argv, monkeypatch, capsys)
+        assert status == 2 and says in one_line(err), (argv, err)
