@@ -373,7 +373,7 @@ def parity(model, exported, batch, prompts, new):
 class Settings:
     run: str = setting(None, "run folder; default: the newest in out/")
     out: str = setting(None, "folder to write; default: the run's name with the precision behind it")
-    precision: str = setting("fp32", "of the weights", ("fp32", "fp16", "int8", "int4"))
+    precision: str = setting("fp32", "of the weights; with int4 the encoder, which computes more than it reads, stays int8", ("fp32", "fp16", "int8", "int4"))
     data: str = setting(None, "what the parity report reads held-out rows of; default: what the run was trained on")
     rows: int = setting(16, "held-out rows that the parity report reads")
     new: int = setting(128, "tokens of the greedy answers that it compares")
