@@ -29,7 +29,7 @@ import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from multiprocessing import get_context
 from types import SimpleNamespace
 
@@ -49,7 +49,7 @@ from data.pairs import Pairs
 from data.runs import ROOT, newest_run, read_record
 from data.tasks import is_task, load_task
 from data.tokenizer import load_tokenizer
-from model import PRESETS, Transformer, count_params, make_config
+from model import PRESETS, Config, Transformer, count_params, make_config
 from train import Settings as TrainSettings
 from train import Finetuning, World, answers, eval_starts, evenly, held_out, keep_memory, loss_of, make_optimizers, pair_losses, resolve
 
@@ -78,6 +78,7 @@ class Train:
 class Speed:
     preset: str = setting("330m", "size", tuple(PRESETS))
     archs: str = setting("dec,2/3", "decoder-only and splits of the encoder-decoder, separated by commas, or all")
+    shape: str = setting("", "changes of the preset, as keys of train.py: 'n_enc=20 n_dec=10 n_embd=1024 n_hidden=2816'")
     engine: str = setting("torch,onnx-fp32,onnx-int8,onnx-int4", "some of torch, compiled (what reads the prompt by torch.compile), onnx-fp32, onnx-fp16, "
                           "onnx-int8, onnx-int4, nocache (torch, all read again at every step), t5 (Hugging Face's), separated by commas, or all")
     src: str = setting("512", "tokens in; several, separated by commas, are a sweep")
@@ -97,6 +98,7 @@ class Speed:
 class Cost:
     preset: str = setting("330m", "size", tuple(PRESETS))
     archs: str = setting("dec,1/3,1/2,2/3", "decoder-only and splits of the encoder-decoder, separated by commas, or all")
+    shape: str = setting("", "changes of the preset, as keys of train.py: 'n_enc=20 n_dec=10 n_embd=1024 n_hidden=2816'")
     src: int = setting(4096, "tokens in")
     new: int = setting(256, "tokens out")
     batch: int = setting(32, "memory: rows at once")
@@ -175,65 +177,89 @@ def peer_t5(config):
 
 
 def bench_train(cfg):
-    """Whole optimizer steps on random rows: tokens/s, source and target, and the share of the matrix-product rate."""
-    rows, encdec = [], make_config(cfg.preset, "encdec", cfg.split, src_len=cfg.src, tgt_len=cfg.new)
-    dec = make_config(cfg.preset, "dec", src_len=cfg.src, tgt_len=cfg.new)
-    precisions = ("float32", "bfloat16") if cfg.dtype == "auto" else (cfg.dtype,)
-    trials = [(engine, dtype, int(batch)) for engine in cfg.engine.split(",") for dtype in precisions
-              for batch in (cfg.batch or "4,8,16").split(",")]
-    trials.sort(key=lambda trial: trial[0] != "t5")  # the peer first, before our training script's setting of the allocator
-    for engine, dtype, batch in tqdm(trials, desc="train"):
-        if engine != "t5":
-            keep_memory()
-        settings, world = train_world(cfg, dtype, cfg.compile if engine != "t5" else "false")
-        torch.manual_seed(0)
-        model = (peer_t5(encdec) if engine == "t5" else Transformer(dec if engine == "dec" else encdec)).to(world.device)
-        src = torch.randint(cfg.vocab, (batch, cfg.src), device=world.device)
-        tgt = torch.randint(cfg.vocab, (batch, cfg.new + (cfg.src if engine == "dec" else 0)), device=world.device)
-        every = torch.ones_like(tgt, dtype=torch.bool)
-        if engine == "t5":
-            optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-4, fused=world.device.type != "mps")]
-        else:
-            optimizers = make_optimizers(model, settings, world.dtype, lambda text: None)
-            if world.compile:
-                for module in model.compiled_parts():
-                    module.compile()
-
-        passes = max(1, cfg.rows // batch)
-
-        def step():
-            for _ in range(passes):
-                with world.precision():
-                    if engine == "t5":
-                        loss = model(input_ids=src, labels=tgt).loss
-                    else:
-                        loss = loss_of(model, (None if engine == "dec" else src, None, tgt, every, 0))[0] / tgt.numel()
-                    loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-
-        step()
-        times = seconds(step, world.device, cfg.repeats)
-        typical = statistics.median(times)
-        flops = 3 * batch * passes * Transformer.flops(model if engine != "t5" else Transformer(encdec), cfg.src, tgt.size(1))
-        rows.append(dict(arch="dec" if engine == "dec" else "encdec", split=cfg.split, engine=engine, dtype=dtype, batch=batch, rows=batch * passes,
-                         src=cfg.src, new=cfg.new, params_m=round(sum(p.numel() for p in model.parameters()) / 1e6, 2),
-                         compiled=engine != "t5" and world.compile, step_ms=round(typical * 1e3, 1), spread_ms=round((times[-1] - times[0]) * 1e3, 1),
-                         tok_s=round(batch * passes * (cfg.src + cfg.new) / typical), gflop_s=round(flops / typical / 1e9),
-                         mfu=round(flops / typical / world.rate(), 3)))
-        torch.compiler.reset()
-        tqdm.write(json.dumps(rows[-1]), file=sys.stderr)
+    """Whole optimizer steps on random rows: tokens/s, source and target, the share of the matrix-product rate, and the most memory held. A
+    process for each engine."""
+    rows = []
+    for engine in tqdm(cfg.engine.split(","), desc="train"):
+        rows += apart(train_of, cfg, engine)
     best = {engine: max((row for row in rows if row["engine"] == engine), key=lambda row: row["tok_s"]) for engine in cfg.engine.split(",")}
-    table(list(best.values()), ("engine", "dtype", "batch", "rows", "compiled", "params_m", "step_ms", "tok_s", "gflop_s", "mfu"))
-    if "t5" in best and "encdec" in best:
-        print(f"encdec / t5, the best of each: {best['encdec']['tok_s'] / best['t5']['tok_s']:.2f} times the tokens/s")
+    table(list(best.values()), ("engine", "dtype", "batch", "rows", "compiled", "params_m", "step_ms", "tok_s", "gflop_s", "mfu", "peak_mb"))
+    for rival, remark in (("t5", ""), ("dec", f"; as {best['encdec']['step_ms'] / best['dec']['step_ms']:.2f} of its time for the same rows (the paper: 0.71)" if {"encdec", "dec"} <= set(best) else "")):
+        if rival in best and "encdec" in best:
+            print(f"encdec / {rival}, the best of each: {best['encdec']['tok_s'] / best[rival]['tok_s']:.2f} times the tokens/s{remark}")
     return rows
+
+
+def train_of(cfg, engine):
+    """Rows of one engine: every precision and batch asked for."""
+    encdec = make_config(cfg.preset, "encdec", cfg.split, src_len=cfg.src, tgt_len=cfg.new)
+    config, rows = make_config(cfg.preset, "dec", src_len=cfg.src, tgt_len=cfg.new) if engine == "dec" else encdec, []
+    if engine != "t5":
+        keep_memory()
+    for dtype in ("float32", "bfloat16") if cfg.dtype == "auto" else (cfg.dtype,):
+        for batch in numbers(cfg.batch):
+            settings, world = train_world(cfg, dtype, cfg.compile if engine != "t5" else "false")
+            torch.manual_seed(0)
+            model = (peer_t5(encdec) if engine == "t5" else Transformer(config)).to(world.device)
+            step, passes = train_step(model, engine, config, settings, world, cfg, batch)
+            step()
+            times = seconds(step, world.device, cfg.repeats)
+            typical, new = statistics.median(times), cfg.new + (cfg.src if engine == "dec" else 0)
+            flops = 3 * batch * passes * Transformer.flops(model if engine != "t5" else Transformer(encdec), cfg.src, new)
+            rows.append(dict(arch="dec" if engine == "dec" else "encdec", split=cfg.split, engine=engine, dtype=dtype, batch=batch, rows=batch * passes,
+                             src=cfg.src, new=cfg.new, params_m=round(sum(p.numel() for p in model.parameters()) / 1e6, 2),
+                             compiled=engine != "t5" and world.compile, step_ms=round(typical * 1e3, 1), spread_ms=round((times[-1] - times[0]) * 1e3, 1),
+                             tok_s=round(batch * passes * (cfg.src + cfg.new) / typical), gflop_s=round(flops / typical / 1e9),
+                             mfu=round(flops / typical / world.rate(), 3), peak_mb=peak_memory(world.device)))
+            torch.compiler.reset()
+            tqdm.write(json.dumps(rows[-1]), file=sys.stderr)
+    return rows
+
+
+def train_step(model, engine, config, settings, world, cfg, batch):
+    """-> (a function that makes one optimizer step on random rows, its number of passes)."""
+    src = torch.randint(config.vocab_size, (batch, cfg.src), device=world.device)
+    tgt = torch.randint(config.vocab_size, (batch, cfg.new + (cfg.src if engine == "dec" else 0)), device=world.device)
+    every, passes = torch.ones_like(tgt, dtype=torch.bool), max(1, cfg.rows // batch)
+    if engine == "t5":
+        optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-4, fused=world.device.type != "mps")]
+    else:
+        optimizers = make_optimizers(model, settings, world.dtype, lambda text: None)
+        for module in model.compiled_parts() if world.compile else []:
+            module.compile()
+
+    def step():
+        for _ in range(passes):
+            with world.precision():
+                if engine == "t5":
+                    loss = model(input_ids=src, labels=tgt).loss
+                else:
+                    loss = loss_of(model, (None if engine == "dec" else src, None, tgt, every, 0))[0] / tgt.numel()
+                loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    return step, passes
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Generation
+
+def config_of(cfg, arch):
+    """The preset's model of an architecture ("dec", or a split), with the changes of --shape."""
+    kinds, changes = {field.name: field.type for field in fields(Config)}, {}
+    for word in cfg.shape.split():
+        name, _, value = word.partition("=")
+        try:
+            changes[name] = {"True": True, "False": False}[value.title()] if kinds[name] is bool else kinds[name](value)
+        except (KeyError, ValueError):
+            raise UserError(f"--shape: {word!r} is no field of model.Config with a value that it can have") from None
+    if arch == "dec":
+        changes.pop("n_enc", None)
+        return make_config(cfg.preset, "dec", **changes)
+    return make_config(cfg.preset, "encdec", arch, **changes)
+
 
 ENGINES = ("torch", "compiled", "onnx-fp32", "onnx-fp16", "onnx-int8", "onnx-int4", "nocache", "t5")
 PAPER = {"CPU": (1591 / 2242, 15.3 / 4.0), "GPU": (86 / 149, 37.4 / 9.7), "NPU": (189 / 358, 123.8 / 26.5)}  # table 2: first token, tokens/s; 2/3 over dec
@@ -255,7 +281,7 @@ def bench_speed(cfg):
     if not rows:
         raise UserError("no engine could be measured; what each said stands above")
     columns = ["arch", "split", "engine", "batch", "src", "new"]
-    columns += ["clients", "requests_s", "p50_ms", "p95_ms"] if cfg.clients else ["examples", "first_ms", "tok_s", "spread", "bound_tok_s", "peak_mb"]
+    columns += ["clients", "requests_s", "p50_ms", "p95_ms"] if cfg.clients else ["examples", "first_ms", "bound_first_ms", "tok_s", "bound_tok_s", "spread", "peak_mb"]
     table(rows, columns)
     for engine in cfg.engine.split(",") if not cfg.clients else []:
         found = {(row["split"] or "dec"): row for row in rows if row["engine"] == engine and row["new"] > 1}
@@ -277,7 +303,7 @@ def apart(function, *args):
 def speed_of(cfg, arch, engine):
     """Rows of one engine: every combination of the lengths and batches asked for."""
     _, world = train_world(cfg, cfg.dtype, "false")
-    config = make_config(cfg.preset, *(("dec",) if arch == "dec" else ("encdec", arch)))
+    config = config_of(cfg, arch)
     common = dict(arch="dec" if arch == "dec" else "encdec", split=None if arch == "dec" else arch, engine=engine, cache=engine != "nocache")
     shapes = [(src, new, batch) for src in numbers(cfg.src) for new in numbers(cfg.new) for batch in numbers(cfg.clients or cfg.batch)]
     for shape in shapes:
@@ -300,9 +326,13 @@ def speed_of(cfg, arch, engine):
                                   tok_median_s=round(batch * (new - 1) / float(np.median(rest)), 2) if new > 1 else None,
                                   spread=round((rest if new > 1 else first).std() / (rest if new > 1 else first).mean(), 3),
                                   read_mb=round(read / 1e6, 1), peak_mb=peak_memory(world.device)))
-    bandwidth = read_bandwidth(world.device) if not cfg.clients else 0
-    for row in rows if not cfg.clients else []:  # no step can be faster than its weights and caches are read
-        row |= dict(read_gb_s=round(bandwidth / 1e9, 1), bound_tok_s=round(row["batch"] * bandwidth / row["read_mb"] / 1e6, 1))
+    if cfg.clients:
+        return rows
+    # No step can be faster than its weights and caches are read, and no prompt than its products are computed.
+    bandwidth, rate = read_bandwidth(world.device), int8_rate(cfg.threads) if engine in ("onnx-int8", "onnx-int4") else product_rate(engine, world)
+    for row in rows:
+        row |= dict(read_gb_s=round(bandwidth / 1e9, 1), bound_tok_s=round(row["batch"] * bandwidth / row["read_mb"] / 1e6, 1), gflop_s=round(rate / 1e9),
+                    bound_first_ms=round(row["batch"] * prompt_flops(config, row["src"]) / rate * 1e3, 1))
     return rows
 
 
@@ -425,6 +455,36 @@ def read_bandwidth(device):
     return data.nbytes / min(seconds(lambda: data.sum(), device, 5))
 
 
+def prompt_flops(config, src):
+    """FLOPs up to the first token's logits, one row; causal attention halved."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    if config.n_enc:
+        return model.flops(src, 1)
+    T = src + 1
+    return model.flops(0, T) - 2 * src * config.n_embd * config.vocab_size - config.n_dec * 2 * config.n_head * config.head_dim * T ** 2
+
+
+def product_rate(engine, world):
+    world.dtype = torch.float32 if engine == "onnx-fp32" else torch.float16 if engine == "onnx-fp16" else world.dtype
+    return world.rate()
+
+
+def int8_rate(threads):
+    """Operations a second of ONNX Runtime's int8 matrix products, 512 rows."""
+    import onnxruntime
+    from onnx import TensorProto, helper, numpy_helper
+    rows, n = 512, 2048
+    b = numpy_helper.from_array(np.random.default_rng(0).integers(-127, 128, (n, n), dtype=np.int8), "b")
+    graph = helper.make_graph([helper.make_node("MatMulInteger", ["a", "b"], ["y"])], "rate", [helper.make_tensor_value_info("a", TensorProto.UINT8, [rows, n])],
+                              [helper.make_tensor_value_info("y", TensorProto.INT32, [rows, n])], [b])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid("", 21)]).SerializeToString(), options)
+    a = np.random.default_rng(1).integers(0, 256, (rows, n), dtype=np.uint8)
+    return 2 * rows * n * n / min(seconds(lambda: session.run(None, dict(a=a)), torch.device("cpu"), 10))
+
+
 def peak_memory(device):
     """MB that this process has held at most: of the GPU's memory, or resident."""
     if device.type == "cuda":
@@ -460,7 +520,7 @@ def bench_flops(cfg):
     """Forward FLOPs of one row, analytically and by torch's counter, the causal attention in full and halved."""
     rows = []
     for arch in cfg.archs.split(","):
-        config = make_config(cfg.preset, *(("dec",) if arch == "dec" else ("encdec", arch)))
+        config = config_of(cfg, arch)
         with torch.device("meta"):
             model = Transformer(config)
             src = None if arch == "dec" else torch.zeros(1, cfg.src, dtype=torch.long)
@@ -484,7 +544,7 @@ def bench_memory(cfg):
     the code here does) and one that keeps the encoder's last states alone (small: the paper's wording). Measured for one row."""
     rows, itemsize = [], getattr(torch, cfg.dtype).itemsize
     for arch in tqdm(cfg.archs.split(","), desc="memory"):
-        config = make_config(cfg.preset, *(("dec",) if arch == "dec" else ("encdec", arch)))
+        config = config_of(cfg, arch)
         weights = count_params(config) * itemsize
         full = cache_bytes(config, cfg.src, cfg.new, itemsize)
         small = cache_bytes(config, 0, cfg.new, itemsize) + cfg.src * config.n_embd * itemsize if config.n_enc else full
@@ -502,7 +562,7 @@ def bench_memory(cfg):
 def measure_memory(cfg, arch):
     """MB that generating for one row takes at most, the libraries' own not counted."""
     _, world = train_world(cfg, cfg.dtype, "false")
-    config, before = make_config(cfg.preset, *(("dec",) if arch == "dec" else ("encdec", arch))), peak_memory(world.device)
+    config, before = config_of(cfg, arch), peak_memory(world.device)
     check_room(config, "torch", cfg.src, cfg.new, 1, world)
     with torch.device("meta"):
         model = Transformer(config)
@@ -779,7 +839,6 @@ def check_train(cfg):
     for name in ("src", "new", "repeats", "rows"):
         if getattr(cfg, name) < 1:
             raise UserError(f"--{name}={getattr(cfg, name)} is too small")
-    cfg.vocab = PRESETS[cfg.preset]["vocab_size"]
 
 
 def check_numbers(cfg, name):
@@ -790,6 +849,7 @@ def check_numbers(cfg, name):
 def check_speed(cfg):
     check_list(cfg, "archs", ARCHS)
     check_list(cfg, "engine", ENGINES)
+    config_of(cfg, cfg.archs.split(",")[0])
     for name in ("src", "new", "batch", *(["clients"] if cfg.clients else [])):
         check_numbers(cfg, name)
     if cfg.examples is not None and cfg.examples < 1:
@@ -801,6 +861,7 @@ def check_speed(cfg):
 
 def check_cost(cfg):
     check_list(cfg, "archs", ARCHS)
+    config_of(cfg, cfg.archs.split(",")[0])
     for name in ("src", "new", "batch"):
         if getattr(cfg, name) < 1:
             raise UserError(f"--{name}={getattr(cfg, name)} must be at least 1")

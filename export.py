@@ -12,7 +12,7 @@ The graphs are written here node by node rather than traced by torch.onnx: the r
 operators (GroupQueryAttention, MultiHeadAttention, RotaryEmbedding, SkipSimplifiedLayerNormalization, MatMulNBits) stand in them
 from the start instead of having to be found again in a trace.
 """
-import json
+import copy
 import os
 import shutil
 from dataclasses import asdict, dataclass, replace
@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from data.cli import UserError, parse, script, setting
 from data.corpus import prepare
-from data.exported import FILE, Exported, Request, is_export
+from data.exported import FILE, Exported, Static, is_export
 from data.objectives import Objective, uniforms
 from data.pairs import Pairs
 from data.runs import newest_run, read_record, write_json
@@ -61,7 +61,7 @@ class Weights:
 class Graph:
     """Nodes, inputs, outputs and weights of one graph, in the order in which they are written."""
 
-    def __init__(self, weights, precision, matmul):
+    def __init__(self, weights, precision, matmul=None):
         self.weights, self.precision, self.matmul = weights, precision, matmul
         self.float = np.float16 if precision == "fp16" else np.float32
         self.nodes, self.inputs, self.outputs, self.tensors, self.quantized = [], [], [], {}, {}
@@ -303,6 +303,246 @@ def output_layer(g, model, h):
         g.op("FusedMatMul", h, g.weight(name, weight), domain=MS, outputs=["logits"], transB=1)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# --static: shapes that are fixed and ONNX's plain operators alone, the form that compilers for NPUs take. One request at a time; no
+# batch dimension. Built in float32; `quantize` then rounds every activation to the range that it was seen to have.
+
+CHUNK = 128  # tokens of its prompt that a decoder-only model reads at a time
+MOVES = ("Reshape", "Transpose", "Split")  # what they move keeps its scale
+OUTSIDE = -100.0  # added to the score of what may not be seen: e^-100 of its weight is left, and the range of the scores stays narrow
+
+
+def plain_vector(g, name, values):
+    """A small constant, in the graph itself."""
+    g.tensors[name] = onnx.numpy_helper.from_array(values, name)
+    return name
+
+
+def plain_linear(g, x, layer, name):
+    """x (T, K) -> (T, N). Weights in int8 have one scale an output channel."""
+    weight, bias = array(layer.weight), None if layer.bias is None else array(layer.bias)
+    if g.precision == "fp32":
+        y = g.op("MatMul", x, g.weight(f"{name}.weight", weight.T))
+    else:
+        codes, scales = quantize_rows(weight)
+        y = g.op("MatMul", x, g.op("DequantizeLinear", g.weight(f"{name}.int8", codes.T), plain_vector(g, f"{name}.scales", scales), axis=1))
+    return y if bias is None else g.op("Add", y, plain_vector(g, f"{name}.bias", bias))
+
+
+def plain_embedding(g, model, tokens):
+    """tokens (T,) -> (T, C). In int8, rows of codes times their scales: what the output layer reads too."""
+    scale = model.config.embed_scale
+    if g.precision == "fp32":
+        x = g.op("Gather", g.weight("embed", array(model.embed.weight)), tokens)
+        return x if scale == 1 else g.op("Mul", x, plain_vector(g, "embed_scale", np.array(scale, np.float32)))
+    codes, scales = quantize_rows(array(model.embed.weight))
+    x = g.op("DequantizeLinear", g.op("Gather", g.weight("embed.int8", codes), tokens), plain_vector(g, "embed.step", np.array(1 / 127, np.float32)))
+    return g.op("Mul", x, g.op("Gather", plain_vector(g, "embed.sizes", scales[:, None] * np.float32(127 * scale)), tokens))
+
+
+def plain_norm(g, x, layer, name):
+    square = g.op("ReduceMean", g.op("Mul", x, x), g.constant(-1))
+    size = g.op("Sqrt", g.op("Add", square, plain_vector(g, "eps", np.array(layer.eps, np.float32))))
+    return g.op("Mul", g.op("Div", x, size), plain_vector(g, f"{name}.weight", array(layer.weight)))
+
+
+def plain_heads(g, x, layer, n_head, head_dim, name, rope):
+    """Queries or keys (T, H * D) -> (H, T, D), normed and rotated."""
+    x = g.op("Reshape", x, g.constant(-1, n_head, head_dim))
+    x = plain_norm(g, x, layer, name) if hasattr(layer, "weight") else x
+    x = g.op("Transpose", x, perm=[1, 0, 2])
+    if rope is None:
+        return x
+    cos, sin = rope
+    a, b = g.op("Split", x, outputs=2, axis=-1, num_outputs=2)
+    return g.op("Concat", g.op("Sub", g.op("Mul", a, cos), g.op("Mul", b, sin)), g.op("Add", g.op("Mul", b, cos), g.op("Mul", a, sin)), axis=-1)
+
+
+def plain_attention(g, x, attn, name, rope, keys, values, mask, S):
+    """x (T, C), keys and values (H_kv, S, D), mask (1, T or 1, S): 0, or OUTSIDE."""
+    q = plain_heads(g, plain_linear(g, x, attn.wq, f"{name}.wq"), attn.q_norm, attn.n_head, attn.head_dim, f"{name}.q_norm", rope)
+    q = g.op("Reshape", g.op("Mul", q, plain_vector(g, "root", np.array(attn.head_dim ** -0.5, np.float32))), g.constant(attn.n_kv_head, -1, attn.head_dim))
+    scores = g.op("MatMul", q, g.op("Transpose", keys, perm=[0, 2, 1]))  # (H_kv, H / H_kv * T, S)
+    scores = g.op("Softmax", g.op("Add", g.op("Reshape", scores, g.constant(attn.n_head, -1, S)), mask), axis=-1)
+    y = g.op("MatMul", g.op("Reshape", scores, g.constant(attn.n_kv_head, -1, S)), values)
+    y = g.op("Transpose", g.op("Reshape", y, g.constant(attn.n_head, -1, attn.head_dim)), perm=[1, 0, 2])
+    return plain_linear(g, g.op("Reshape", y, g.constant(-1, attn.n_head * attn.head_dim)), attn.wo, f"{name}.wo")
+
+
+def plain_mlp(g, x, layer, name):
+    up = plain_linear(g, x, layer.up, f"{name}.up")
+    if layer.gate is None:
+        return plain_linear(g, g.op("Gelu", up, approximate="tanh"), layer.down, f"{name}.down")
+    gate = plain_linear(g, x, layer.gate, f"{name}.gate")
+    return plain_linear(g, g.op("Mul", g.op("Mul", gate, g.op("Sigmoid", gate)), up), layer.down, f"{name}.down")
+
+
+def plain_keys_values(g, x, attn, name, rope):
+    """x (T, C) -> keys and values (H_kv, T, D)."""
+    k = plain_heads(g, plain_linear(g, x, attn.wk, f"{name}.wk"), attn.k_norm, attn.n_kv_head, attn.head_dim, f"{name}.k_norm", rope)
+    v = g.op("Reshape", plain_linear(g, x, attn.wv, f"{name}.wv"), g.constant(-1, attn.n_kv_head, attn.head_dim))
+    return k, g.op("Transpose", v, perm=[1, 0, 2])
+
+
+def plain_inputs(g, cfg, T, *mask):
+    """tokens (T,); mask; RoPE's tables at the tokens' positions, cross-attention's too where it has positions."""
+    tokens, mask = g.input("tokens", T, dtype=np.int64), g.input("mask", *mask)
+    tables = [[g.input(kind + name, 1, T, cfg.head_dim // 2) for name in ("cos", "sin")] for kind in ("", "cross_")[:1 + (cfg.cross_rope and cfg.n_enc > 0)]]
+    return tokens, mask, tables[0], tables[1] if len(tables) > 1 else None
+
+
+def plain_encoder(model, weights, precision, S):
+    """tokens (S,) -> memory_key_i and memory_value_i (H_kv, S, D), i over the decoder's layers."""
+    cfg, g = model.config, Graph(weights, precision)
+    tokens, mask, rope, cross = plain_inputs(g, cfg, S, 1, 1, S)
+    x = plain_embedding(g, model, tokens)
+    for i, block in enumerate(model.enc):
+        h, name = plain_norm(g, x, block.attn_norm, f"enc.{i}.attn_norm"), f"enc.{i}.attn"
+        x = g.op("Add", x, plain_attention(g, h, block.attn, name, rope, *plain_keys_values(g, h, block.attn, name, rope), mask, S))
+        x = g.op("Add", x, plain_mlp(g, plain_norm(g, x, block.mlp_norm, f"enc.{i}.mlp_norm"), block.mlp, f"enc.{i}.mlp"))
+    h = plain_norm(g, x, model.enc_norm, "enc_norm")
+    for i, block in enumerate(model.dec):
+        for part, y in zip(("key", "value"), plain_keys_values(g, h, block.cross, f"dec.{i}.cross", cross)):
+            g.op("Reshape", y, g.constant(cfg.n_kv_head, S, cfg.head_dim), outputs=[g.output(f"memory_{part}_{i}", cfg.n_kv_head, S, cfg.head_dim)])
+    return g
+
+
+def plain_decoder(model, weights, precision, T, slots, S):
+    """tokens (T,), at (H_kv * T, 1): the rows of the caches that they take; memory; past_key_i and past_value_i (H_kv * slots, D); keep (1,):
+    which of the tokens -> its logits (1, V), and key_i and value_i, to be bound to the memory of past_key_i and past_value_i."""
+    cfg, g = model.config, Graph(weights, precision)
+    tokens, mask, rope, cross = plain_inputs(g, cfg, T, 1, T, slots)
+    at, keep = g.input("at", cfg.n_kv_head * T, 1, dtype=np.int64), g.input("keep", 1, dtype=np.int64)
+    source = g.input("source", 1, 1, S) if cfg.n_enc else None
+    g.output("logits", 1, cfg.vocab_size)
+    x = plain_embedding(g, model, tokens)
+    for i, block in enumerate(model.dec):
+        h, found = plain_norm(g, x, block.attn_norm, f"dec.{i}.attn_norm"), []
+        for part, new in zip(("key", "value"), plain_keys_values(g, h, block.attn, f"dec.{i}.attn", rope)):
+            shape = cfg.n_kv_head * slots, cfg.head_dim
+            new = g.op("Reshape", new, g.constant(-1, cfg.head_dim))
+            cache = g.op("ScatterND", g.input(f"past_{part}_{i}", *shape), at, new, outputs=[g.output(f"{part}_{i}", *shape)])
+            found.append(g.op("Reshape", cache, g.constant(cfg.n_kv_head, slots, cfg.head_dim)))
+        x = g.op("Add", x, plain_attention(g, h, block.attn, f"dec.{i}.attn", rope, *found, mask, slots))
+        if block.cross is not None:
+            memory = [g.input(f"memory_{part}_{i}", cfg.n_kv_head, S, cfg.head_dim) for part in ("key", "value")]
+            h = plain_norm(g, x, block.cross_norm, f"dec.{i}.cross_norm")
+            x = g.op("Add", x, plain_attention(g, h, block.cross, f"dec.{i}.cross", cross, *memory, source, S))
+        x = g.op("Add", x, plain_mlp(g, plain_norm(g, x, block.mlp_norm, f"dec.{i}.mlp_norm"), block.mlp, f"dec.{i}.mlp"))
+    h = g.op("Gather", plain_norm(g, x, model.dec_norm, "dec_norm"), keep)
+    name, weight = ("embed", model.embed.weight) if model.head is None else ("head", model.head.weight)
+    if precision == "fp32":
+        weight = g.weight(name, array(weight))
+    else:
+        codes, scales = quantize_rows(array(weight))
+        weight = g.op("DequantizeLinear", g.weight(f"{name}.int8", codes), plain_vector(g, f"{name}.scales", scales), axis=0)
+    g.op("Gemm", h, weight, transB=1, outputs=["logits"])
+    return g
+
+
+def own_range(node):
+    """Whether the output of a node is an activation with a range of its own: no codes of weights, nothing moved from elsewhere."""
+    return node.op_type not in (*MOVES, "ScatterND", "DequantizeLinear") and not node.input[0].endswith(".int8")
+
+
+def float_inputs(g):
+    return [item.name for item in g.inputs if item.type.tensor_type.elem_type == TensorProto.FLOAT and not item.name.startswith("past_")]
+
+
+def watched(g):
+    """The graph with one more output: `ranges` (2, n), the least and largest values of what `own_range` names, and of the inputs; and their names."""
+    names = float_inputs(g) + [node.output[0] for node in g.nodes if own_range(node)]
+    twin = copy.copy(g)
+    twin.nodes, twin.outputs = list(g.nodes), list(g.outputs)
+    ends = [twin.op("Concat", *[twin.op("Reshape", twin.op(kind, name, keepdims=0), twin.constant(1)) for name in names], axis=0) for kind in ("ReduceMin", "ReduceMax")]
+    twin.op("Concat", *[twin.op("Reshape", end, twin.constant(1, -1)) for end in ends], axis=0, outputs=[twin.output("ranges", 2, len(names))])
+    return twin, names
+
+
+def quantize(g, ranges, known=None):
+    """Puts QuantizeLinear and DequantizeLinear behind every activation, `ranges` (name -> least, largest) being what it was seen to hold.
+    With precision int8, what only matrix products read has 8 bits; all else, and with 16x8 everything, has 16. Caches and memory are stored
+    as their codes. `known`: scales (name -> scale, zero point) of inputs that another graph made. Returns the scales."""
+    readers, makers, scales, current, nodes = {}, {name: node for node in g.nodes for name in node.output}, dict(known or {}), {}, []
+    for node in g.nodes:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+
+    def narrow(name):  # read by matrix products alone, moved or not
+        return name != "logits" and all(node.op_type in ("MatMul", "Gemm") or node.op_type in (*MOVES, "ScatterND") and all(map(narrow, node.output))
+                                        for node in readers.get(name, []))
+
+    def spread(low, high, kind):
+        low, high = min(float(low), 0.0), max(float(high), 1e-6)  # 0 is exact
+        scale = np.float32((high - low) / np.iinfo(kind).max)
+        return scale, kind(round(-low / float(scale)))
+
+    def scale_of(name):
+        node = makers.get(name)
+        if name not in scales and node is not None and not own_range(node):
+            scales[name] = scale_of(node.input[2 if node.op_type == "ScatterND" else 0])
+        if name not in scales:
+            scales[name] = spread(*ranges[name], np.uint8 if g.precision == "int8" and narrow(name) else np.uint16)
+        return scales[name]
+
+    def pair(name):
+        return [plain_vector(g, f"{name}.{part}", np.array(value)) for part, value in zip(("scale", "zero"), scale_of(name))]
+
+    def emit(kind, *inputs, output):
+        nodes.append(helper.make_node(kind, list(inputs), [output], name=f"{output}.{kind}"))
+        return output
+
+    def coded(item):  # a declared input or output that holds codes
+        item.type.tensor_type.elem_type = helper.np_dtype_to_tensor_dtype(scale_of(item.name)[1].dtype)
+
+    def rounded(name):
+        """What a node reads instead of `name`."""
+        tensor = g.tensors.get(name)
+        if name not in current and tensor is not None and tensor.data_type == TensorProto.FLOAT:  # a constant
+            values = onnx.numpy_helper.to_array(tensor)
+            scale, zero = scales[name] = spread(values.min(), values.max(), np.uint16)
+            codes = plain_vector(g, f"{name}.codes", np.clip(np.round(values / scale) + zero, 0, 65535).astype(np.uint16))
+            current[name] = emit("DequantizeLinear", codes, *pair(name), output=f"{name}.rounded")
+        return current.get(name, name)
+
+    for item in g.inputs:
+        name = item.name
+        if name.startswith("past_"):
+            scales[name] = scale_of(name.removeprefix("past_"))
+            coded(item)
+        elif name.startswith("memory_"):
+            coded(item)
+            current[name] = emit("DequantizeLinear", name, *pair(name), output=f"{name}.rounded")
+        elif name in float_inputs(g):
+            current[name] = emit("DequantizeLinear", emit("QuantizeLinear", name, *pair(name), output=f"{name}.codes"), *pair(name), output=f"{name}.rounded")
+    for node in g.nodes:
+        if node.op_type == "DequantizeLinear" or node.input[0].endswith(".int8"):
+            nodes.append(node)
+            continue
+        if node.op_type == "ScatterND":
+            past, at, new = node.input
+            nodes.append(helper.make_node("ScatterND", [past, at, f"{new}.codes"], node.output, name=node.name))
+            current[node.output[0]] = emit("DequantizeLinear", node.output[0], *pair(node.output[0]), output=f"{node.output[0]}.rounded")
+            continue
+        copied = onnx.NodeProto()
+        copied.CopyFrom(node)
+        copied.input[:] = [rounded(name) for name in node.input]
+        copied.output[:] = [f"{name}.exact" for name in node.output]
+        nodes.append(copied)
+        for name in node.output:
+            codes = emit("QuantizeLinear", f"{name}.exact", *pair(name), output=name if name.startswith("memory_") else f"{name}.codes")
+            current[name] = emit("DequantizeLinear", codes, *pair(name), output=name if name == "logits" else f"{name}.rounded")
+    for item in g.outputs:
+        if item.name != "logits":
+            coded(item)
+    g.nodes = nodes
+    g.tensors = {name: tensor for name, tensor in g.tensors.items() if any(name in node.input for node in nodes)}
+    return scales
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
 def write(model, folder, precision, objective="seq2seq"):
     """Writes the graphs, their weights, and what data/exported.py has to know, into a folder."""
     os.makedirs(folder)
@@ -318,20 +558,72 @@ def write(model, folder, precision, objective="seq2seq"):
                                                 step_bytes=sum(weights.places[name][1] for name in read if name in weights.places)))
 
 
+def write_static(model, folder, precision, objective, src_len, tgt_len, batch):
+    """As `write`, for one prompt of at most src_len tokens and tgt_len positions of the decoder. `batch` (src, src_mask, tgt, loss_mask):
+    the rows that activations have their ranges from."""
+    os.makedirs(folder)
+    cfg, weights = model.config, Weights(os.path.join(folder, "weights.bin"))
+    slots = -(-tgt_len // CHUNK) * CHUNK
+    graphs = {"encoder": plain_encoder(model, weights, precision, src_len)} if cfg.n_enc else {}
+    graphs |= {name: plain_decoder(model, weights, precision, T, slots, src_len) for name, T in (("prefill", CHUNK), ("decoder", 1))}
+    weights.file.close()
+
+    def finish():
+        sizes = {name: os.path.getsize(os.path.join(folder, name)) for name in sorted(os.listdir(folder)) if name != FILE}
+        read = {name for name in graphs["decoder"].tensors if name in weights.places}
+        write_json(os.path.join(folder, FILE), dict(precision=precision, objective=objective, config=asdict(cfg), files=sizes,
+                                                    step_bytes=sum(weights.places[name][1] for name in read),
+                                                    static=dict(src_len=src_len, tgt_len=tgt_len, slots=slots, chunk=CHUNK, outside=OUTSIDE)))
+
+    if precision != "fp32":
+        names = {}
+        for name, g in graphs.items():
+            twin, names[name] = watched(g)
+            twin.save(os.path.join(folder, f"{name}.onnx"), name)
+        finish()
+        ranges = calibrate(Static(folder), names, batch)
+        known = {}
+        for name in graphs:  # prefill and decoder have the same nodes, and the same caches
+            scales = quantize(graphs[name], ranges["encoder" if name == "encoder" else "prefill"], known)
+            known = {key: value for key, value in scales.items() if key.startswith("memory_")}
+    if cfg.n_enc:
+        os.remove(os.path.join(folder, "prefill.onnx")) if precision != "fp32" else None
+        del graphs["prefill"]  # the encoder reads the prompt
+    for name, g in graphs.items():
+        g.save(os.path.join(folder, f"{name}.onnx"), name)
+    finish()
+
+
+def calibrate(exported, names, batch):
+    """Runs the rows through graphs that `watched` made -> for each graph, name -> least and largest value."""
+    found = {}
+
+    def watch(graph, ranges):
+        low, high = found.get(graph, ranges)
+        found[graph] = np.minimum(low, ranges[0]), np.maximum(high, ranges[1])
+    exported.watch = watch
+    src, src_mask, tgt, _ = batch
+    for b in tqdm(range(len(tgt)), desc="calibration", leave=False):
+        memory = exported.encode([(src[b] if src_mask is None else src[b][src_mask[b]]).tolist()]) if src is not None else ({}, None)
+        T = tgt.shape[1]
+        exported.request([T], 1, *memory).feed(np.array([[exported.config.bos_id, *tgt[b, :-1]]]), np.array([T]), np.array([T - 1]))
+    return {graph: dict(zip(names[graph], zip(*found[graph]))) for graph in found}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Does the export say what the run says?
 
-def real_rows(cfg, record, model, tokenizer):
-    """Held-out rows of what the run was trained on, as a batch (src, src_mask, tgt, loss_mask), and prompts to continue."""
+def real_rows(cfg, record, model, tokenizer, split):
+    """Rows of what the run was trained on, as a batch (src, src_mask, tgt, loss_mask), and prompts to continue."""
     data, decoder_only = cfg.data or record["data"], model.config.n_enc == 0
     if record["objective"] == "seq2seq":
         task = load_task(data, record["source_col"], record["target_col"], record["skip_bad"], log=lambda text: None)
-        rows = task.splits["val"]
+        rows = task.splits[split]
         pairs = Pairs([rows[i] for i in np.linspace(0, len(rows) - 1, min(cfg.rows, len(rows))).astype(int)], tokenizer,
                       record["src_len"], record["tgt_len"], decoder_only)
         return pairs.batch(range(len(pairs))), [pairs.prompt(row) for row in range(len(pairs))]
     objective = Objective(record["objective"], tokenizer, record["src_len"], record["tgt_len"], decoder_only, record["noise"], record["mean_span"])
-    text = prepare(data, cfg.run, text_col=record["text_col"], max_tokens=1, log=lambda text: None).splits["val"]
+    text = prepare(data, cfg.run, text_col=record["text_col"], max_tokens=1, log=lambda text: None).splits[split]
     starts = np.linspace(0, len(text) - objective.window, cfg.rows).astype(int)
     batch = objective.batch(text.windows(starts, objective.window), uniforms(0, 0, range(cfg.rows), objective.n_random))
     if decoder_only:
@@ -350,7 +642,7 @@ def parity(model, exported, batch, prompts, new):
         expected, loss = model(src, src_mask, tgt, loss_mask, reduction="sum")
         memory = exported.encode([src[0][src_mask[0]].tolist() if src_mask is not None else src[0].tolist()]) if src is not None else ({}, None)
         T = tgt.size(1)
-        logits = Request(exported, [T], 1, *memory).feed(shift_right(tgt, model.config.bos_id).numpy(), np.array([T]), np.arange(T)).astype(np.float32)
+        logits = exported.request([T], 1, *memory).feed(shift_right(tgt, model.config.bos_id).numpy(), np.array([T]), np.arange(T)).astype(np.float32)
         widest = max(widest, np.abs(logits - expected[0].numpy())[loss_mask[0].numpy()].max(initial=0))
         largest = max(largest, expected.abs().max().item())
         sums += [loss.item(), model.loss(torch.from_numpy(logits)[None], tgt, loss_mask).item(), loss_mask.sum().item()]
@@ -373,12 +665,36 @@ def parity(model, exported, batch, prompts, new):
 class Settings:
     run: str = setting(None, "run folder; default: the newest in out/")
     out: str = setting(None, "folder to write; default: the run's name with the precision behind it")
-    precision: str = setting("fp32", "of the weights; with int4 the encoder, which computes more than it reads, stays int8", ("fp32", "fp16", "int8", "int4"))
+    precision: str = setting("fp32", "of the weights; with int4 the encoder, which computes more than it reads, stays int8; 16x8 is of --static: activations of "
+                             "16 bits, weights of 8 (int8 there: activations of 8 into matrix products)", ("fp32", "fp16", "int8", "int4", "16x8"))
+    static: bool = setting(False, "fixed shapes and plain operators, activations rounded to calibrated ranges: what compilers for NPUs take; one prompt at a time")
+    src_len: int = setting(None, "static: the longest prompt of an encoder; default: the length it was trained for", type=int)
+    tgt_len: int = setting(None, "static: positions of the decoder, the prompt's too if it has no encoder; default: as trained", type=int)
     data: str = setting(None, "what the parity report reads held-out rows of; default: what the run was trained on")
     rows: int = setting(16, "held-out rows that the parity report reads")
     new: int = setting(128, "tokens of the greedy answers that it compares")
     threads: int = setting(0, "CPU threads; 0 is the libraries' own choice")
     json: str = setting(None, "write the report to this file")
+
+
+def check_static(cfg, config):
+    """Lengths of a static export, and what does not go with it."""
+    if not cfg.static:
+        for name in ("src_len", "tgt_len"):
+            if getattr(cfg, name) is not None:
+                raise UserError(f"--{name} is for --static: the lengths of other exports are free")
+        if cfg.precision == "16x8":
+            raise UserError("--precision=16x8 is for --static")
+        return
+    if cfg.precision in ("fp16", "int4"):
+        raise UserError(f"--static has the precisions fp32, int8 and 16x8, not {cfg.precision}")
+    if cfg.src_len is not None and not config.n_enc:
+        raise UserError(f"--src_len={cfg.src_len}: a decoder-only model has no encoder; --tgt_len counts its prompt and answer together")
+    for name in ("src_len", "tgt_len"):
+        value = getattr(config, name) if getattr(cfg, name) is None else getattr(cfg, name)
+        if value < 1 and (config.n_enc or name == "tgt_len"):
+            raise UserError(f"--{name}={value} must be at least 1")
+        setattr(cfg, name, value)
 
 
 def main():
@@ -394,14 +710,18 @@ def main():
         torch.set_num_threads(cfg.threads)
     record, tokenizer = read_record(cfg.run)["settings"], load_tokenizer(cfg.run)
     model = Transformer.load(cfg.run).float().eval()
-    batch, prompts = real_rows(cfg, record, model, tokenizer)
+    check_static(cfg, model.config)
+    batch, prompts = real_rows(cfg, record, model, tokenizer, "val")
     new = out + ".new"  # what is half written is never at `out`
     shutil.rmtree(new, ignore_errors=True)
-    write(model, new, cfg.precision, record["objective"])
+    if cfg.static:
+        write_static(model, new, cfg.precision, record["objective"], cfg.src_len, cfg.tgt_len, real_rows(cfg, record, model, tokenizer, "train")[0])
+    else:
+        write(model, new, cfg.precision, record["objective"])
     tokenizer.save(new)
     size, params = sum(os.path.getsize(os.path.join(new, name)) for name in os.listdir(new)), model.num_params()
     print(f"{params:,} parameters in {size:,} bytes, {8 * size / params:.2f} bits each")
-    found = parity(model, Exported(new, cfg.threads), batch, prompts, cfg.new)
+    found = parity(model, (Static if cfg.static else Exported)(new, cfg.threads), batch, prompts, cfg.new)
     print(f"on {found['rows']} held-out rows of {cfg.data or record['data']}: largest logit difference {found['logit_difference']:.2g} (logits up to "
           f"{found['largest_logit']:.3g}); loss {found['loss']:.4f}, torch {found['torch_loss']:.4f} ({found['loss_change']:+.2%}); "
           f"{found['agreement']:.1%} of torch's greedy tokens")

@@ -13,7 +13,7 @@ import sys
 from dataclasses import dataclass
 
 from data.cli import UserError, parse, script, setting
-from data.exported import Exported, is_export, read_about
+from data.exported import Exported, Static, is_export, read_about
 from data.objectives import fill_spans
 from data.runs import newest_run, read_record
 from data.tokenizer import N_SENTINELS, load_tokenizer
@@ -164,7 +164,8 @@ def load_exported(cfg, run):
         raise UserError(f"{'--beams' if cfg.beams > 1 else '--show_attention'} works on run folders; {run} is an export")
     if cfg.dtype != "auto":
         raise UserError(f"--dtype={cfg.dtype}: an export has the precision it was written with; python export.py --precision=... writes another")
-    return Exported(run, cfg.threads, "cpu" if cfg.device == "auto" else cfg.device)
+    kind = Static if "static" in read_about(run) else Exported
+    return kind(run, cfg.threads, "cpu" if cfg.device == "auto" else cfg.device)
 
 
 def load_torch(cfg, run):

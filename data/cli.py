@@ -28,6 +28,7 @@ def parse(settings_class, description, argv=None):
         shown = "" if field.default is None else f" [{str(field.default).lower() if kind is bool else field.default}]"
         name = kind.__name__ if not spec["choices"] else "|".join(map(str, spec["choices"]))
         parser.add_argument(f"--{field.name}", metavar=name, default=field.default, type=reader(kind),
+                            **(dict(nargs="?", const=True) if kind is bool else {}),  # --static is --static=true
                             choices=spec["choices"], help=f"{spec['help']}{shown}".replace("%", "%%"))
         known[field.name] = kind
 

@@ -49,12 +49,13 @@ class Exported:
             raise UserError(f"--device={device}: this onnxruntime has no {providers[0]} (it has {', '.join(onnxruntime.get_available_providers())})")
 
         def session(name):
+            if name not in self.about["files"]:
+                return None
             try:
                 return onnxruntime.InferenceSession(os.path.join(folder, name), options, providers=providers)
             except Exception as error:  # onnxruntime raises kinds of its own for what it cannot load
                 raise UserError(f"{folder}/{name} cannot be loaded ({type(error).__name__}: {str(error)[:200]}): export it again") from None
-        self.encoder = session("encoder.onnx") if self.config.n_enc else None
-        self.decoder = session("decoder.onnx")
+        self.encoder, self.prefill, self.decoder = map(session, ("encoder.onnx", "prefill.onnx", "decoder.onnx"))
 
     def value(self, array):
         """An array where the sessions want it; on a CPU its own memory, so that what is written later is seen."""
@@ -99,11 +100,14 @@ class Exported:
         if bad := [id for ids in (*prompts, *heads) for id in ids if not 0 <= id < cfg.vocab_size]:
             raise UserError(f"token id {bad[0]} is outside the model's vocabulary of {cfg.vocab_size}")
         memory = self.encode(prompts) if cfg.n_enc else ({}, None)
-        request = Request(self, [1 + len(head) for head in heads], max_new_tokens, *memory)
+        request = self.request([1 + len(head) for head in heads], max_new_tokens, *memory)
         width = 1 + max(map(len, heads))
         tokens = np.array([[cfg.bos_id, *head, *[cfg.pad_id] * (width - 1 - len(head))] for head in heads], dtype=np.int64)
         lengths = np.array([1 + len(head) for head in heads])
         return request, request.feed(tokens, lengths, np.arange(len(heads)) * width + lengths - 1)
+
+    def request(self, lengths, max_new_tokens, memory, src_lengths):
+        return Request(self, lengths, max_new_tokens, memory, src_lengths)
 
     def generate(self, prompts, max_new_tokens, temperature=0.0, top_k=0, top_p=1.0, seed=0, prefix=None):
         """Continues B prompts at once, streaming: yields, per step, a list of B new ids, None for rows that have ended."""
@@ -163,6 +167,93 @@ class Request:
         """One token (B,) a row -> logits (B, V) of the next."""
         rows = len(tokens)
         return self.feed(tokens.reshape(rows, 1).astype(np.int64), np.ones(rows, dtype=np.int64), np.arange(rows))
+
+
+class Static(Exported):
+    """An export with --static: one prompt at a time, no longer than it was made for. What the shapes leave empty is masked."""
+
+    watch = None  # called with (graph, ranges) by graphs that have an output of that name, while they are calibrated
+
+    def encode(self, prompts):
+        S = self.about["static"]["src_len"]
+        if len(prompts) > 1:
+            raise UserError(f"a static export answers one prompt at a time, not {len(prompts)}")
+        [prompt] = prompts
+        if len(prompt) > S:
+            raise UserError(f"the prompt has {len(prompt)} tokens, and this static export takes {S}: export.py --static --src_len={len(prompt)} makes a longer one")
+        tokens = np.array([*prompt, *[self.config.pad_id] * (S - len(prompt))], dtype=np.int64)
+        seen = np.arange(S) < max(1, len(prompt))
+        found = self.run("encoder", dict(tokens=tokens, mask=self.masked(seen[None])) | self.rope_at(np.arange(S), len(prompt) / self.config.src_len))
+        return found | dict(source=self.ort.OrtValue.ortvalue_from_numpy(self.masked(seen[None]))), np.array([len(prompt)])
+
+    def request(self, lengths, max_new_tokens, memory, src_lengths):
+        return StaticRequest(self, lengths, max_new_tokens, memory)
+
+    def masked(self, seen):
+        """seen (T, S) -> what is added to the scores, (1, T, S)."""
+        return np.where(seen, 0, self.about["static"]["outside"]).astype(np.float32)[None]
+
+    def rope_at(self, positions, stretch):
+        """RoPE's tables at positions (T,), (1, T, D/2) each; cross-attention's, which is never stretched, too."""
+        cfg = self.config
+        tables = [rope_table(positions[-1] + 1, cfg.head_dim, cfg.rope_theta, factor) for factor in (max(1, stretch), 1)]
+        return {kind + name: table[None, positions] for kind, pair in zip(("", "cross_"), tables) for name, table in zip(("cos", "sin"), pair)}
+
+    def run(self, graph, feeds, into={}):
+        """Runs a graph on arrays or OrtValues; outputs go `into` OrtValues by name. Returns the others' OrtValues by name."""
+        session = getattr(self, graph)
+        binding, names = session.io_binding(), [item.name for item in session.get_outputs()]
+        for name in (item.name for item in session.get_inputs()):
+            value = feeds[name]
+            binding.bind_ortvalue_input(name, self.ort.OrtValue.ortvalue_from_numpy(value) if isinstance(value, np.ndarray) else value)
+        for name in names:
+            binding.bind_ortvalue_output(name, into[name]) if name in into else binding.bind_output(name)
+        session.run_with_iobinding(binding)
+        found = dict(zip(names, binding.get_outputs()))
+        if "ranges" in found:
+            self.watch(graph, found.pop("ranges").numpy())
+        return {name: value for name, value in found.items() if name not in into}
+
+
+class StaticRequest:
+    """The state of one request to a static export, as `Request`."""
+
+    def __init__(self, model, lengths, max_new_tokens, memory):
+        static, cfg, reach = model.about["static"], model.config, lengths[0] + max_new_tokens - 1
+        if reach > static["tgt_len"]:
+            raise UserError(f"{lengths[0]} tokens to read and {max_new_tokens} to make need {reach} positions, and this static export has {static['tgt_len']}: "
+                            f"export.py --static --tgt_len={reach} makes a longer one")
+        self.model, self.memory, self.filled, self.stretch = model, memory, 0, reach / cfg.tgt_len
+        self.slots, self.caches = static["slots"], {}
+        types = {item.name: item.type for item in model.decoder.get_inputs()}
+        for name in (f"{part}_{layer}" for layer in range(cfg.n_dec) for part in ("key", "value")):
+            dtype = {"tensor(float)": np.float32, "tensor(uint8)": np.uint8, "tensor(uint16)": np.uint16}[types[f"past_{name}"]]
+            self.caches[name] = model.ort.OrtValue.ortvalue_from_numpy(np.zeros((cfg.n_kv_head * self.slots, cfg.head_dim), dtype))
+
+    def feed(self, tokens, lengths, keep):
+        """Reads tokens (1, N) -> logits (len(keep), V) at the positions `keep`, in order: a chunk at a time where only its last token's are wanted."""
+        ids, start, found = tokens[0, :lengths[0]], 0, []
+        for end in keep + 1:
+            while start < end:
+                chunk = self.model.about["static"]["chunk"] if self.model.prefill and self.filled % self.model.about["static"]["chunk"] == 0 and end - start > 1 else 1
+                some = ids[start:min(start + chunk, end)]
+                logits, start = self.read(some, chunk), start + len(some)
+            found.append(logits)
+        return np.concatenate(found)
+
+    def read(self, ids, width):
+        """Reads at most `width` ids through the graph of that width -> logits (1, V) behind the last."""
+        model, cfg = self.model, self.model.config
+        positions = self.filled + np.arange(width)
+        feeds = dict(tokens=np.array([*ids, *[cfg.pad_id] * (width - len(ids))], dtype=np.int64), keep=np.array([len(ids) - 1]),
+                     at=(np.arange(cfg.n_kv_head)[:, None] * self.slots + positions).reshape(-1, 1),
+                     mask=model.masked(np.arange(self.slots) <= positions[:, None]), **model.rope_at(positions, self.stretch), **self.memory)
+        feeds |= {f"past_{name}": cache for name, cache in self.caches.items()}
+        self.filled += len(ids)
+        return model.run("prefill" if width > 1 else "decoder", feeds, self.caches)["logits"].numpy()
+
+    def step(self, tokens):
+        return self.feed(tokens[:, None], [1], np.array([0]))
 
 
 def pick(logits, temperature, top_k, top_p, rngs):

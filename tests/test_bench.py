@@ -212,6 +212,22 @@ def test_flops_are_those_that_torch_counts(monkeypatch, capsys):
         assert row["gflop"] == pytest.approx(row["gflop_counted"], rel=0.01) and row["gflop_halved"] < row["gflop"]
 
 
+def test_shape(monkeypatch, capsys):
+    """--shape makes another's model: the parameters of a T5 of 20 + 10 layers, but for its normalizations' and positions'."""
+    shape = "n_enc=20 n_dec=10 n_embd=1024 n_head=6 n_kv_head=6 head_dim=64 n_hidden=2816 vocab_size=32128"
+    status, _, err = call(bench.main, ["flops", "--archs=2/3", "--src=10", "--new=5", f"--shape={shape}", "--json=f.json"], monkeypatch, capsys)
+    attention, mlp = 4 * 1024 * 384, 3 * 1024 * 2816
+    assert status == 0 and json.load(open("f.json"))["rows"][0]["params_m"] == pytest.approx((32128 * 1024 + 40 * attention + 30 * mlp) / 1e6, rel=1e-3), err
+
+
+def test_training_of_engines_in_processes_of_their_own(monkeypatch, capsys):
+    argv = ["train", "--preset=nano", "--engine=encdec,dec", "--src=16", "--new=8", "--batch=2", "--rows=4", "--dtype=float32", "--compile=false", "--repeats=1", "--device=cpu", "--json=t.json"]
+    status, out, err = call(bench.main, argv, monkeypatch, capsys)
+    assert status == 0 and "of its time for the same rows (the paper: 0.71)" in out, err
+    rows = json.load(open("t.json"))["rows"]
+    assert [row["arch"] for row in rows] == ["encdec", "dec"] and all(row["peak_mb"] > 100 and row["rows"] == 4 and 0 < row["mfu"] < 2 for row in rows)
+
+
 def test_memory(monkeypatch, capsys):
     """Caches by their formula; the measured peak holds at least the weights and one row's caches."""
     status, out, err = call(bench.main, ["memory", "--preset=mini", "--archs=dec,2/3", "--src=3000", "--batch=4", "--device=cpu", "--json=m.json"], monkeypatch, capsys)
@@ -224,7 +240,7 @@ def test_memory(monkeypatch, capsys):
 def test_costs_bad_input(monkeypatch, capsys):
     for argv, says in [(["speed", "--engine=onnx-int3"], "--engine=onnx-int3"), (["speed", "--new=0"], "--new=0"), (["speed", "--src=1,x"], "--src=1,x"),
                        (["speed", "--archs=3/4"], "--archs=3/4"), (["speed", "--examples=0"], "--examples"), (["speed", "--clients=0"], "--clients"),
-                       (["speed", "--plot=x.txt"], "--plot"), (["flops", "--src=0"], "--src=0"), (["train", "--engine=x"], "--engine=x"),
+                       (["speed", "--plot=x.txt"], "--plot"), (["speed", "--shape=n_layers=3"], "--shape"), (["flops", "--shape=n_enc=x"], "--shape"), (["flops", "--src=0"], "--src=0"), (["train", "--engine=x"], "--engine=x"),
                        (["speed", "--preset=1b", "--archs=dec", "--engine=torch", "--batch=4096", "--src=4096"], "would fit")]:
         status, _, err = call(bench.main, argv, monkeypatch, capsys)
         assert status == 2 and says in one_line(err), (argv, err)

@@ -13,7 +13,7 @@ import export
 import sample
 import train
 from conftest import ROOT, TINY_DEC, TINY_ENC, call, one_line
-from data.exported import Exported, Request, pick
+from data.exported import Exported, Request, Static, pick
 from data.cli import UserError
 from test_model import tiny
 
@@ -150,16 +150,74 @@ def test_pick():
     assert share(temperature=0.0).tolist() == [1, 0, 0, 0]
 
 
+def static(model, folder, precision="fp32", src_len=24, tgt_len=200):
+    rng = np.random.default_rng(5)
+    draw = lambda *shape: rng.integers(3, model.config.vocab_size, shape)
+    src, tgt = draw(6, src_len) if model.config.n_enc else None, draw(6, 90)
+    export.write_static(model, str(folder), precision, "causal", src_len, tgt_len, (src, None, tgt, tgt > 0))
+    return Static(str(folder), threads=2)
+
+
+@pytest.mark.parametrize("arch", ["encdec", "dec"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_static_logits_are_those_of_torch(name, arch, tmp_path):
+    """Sources shorter than the graph, up to its length and past the trained one; prompts of more than one chunk; an answer that fills the cache."""
+    model = tiny(arch, **CONFIGS[name])
+    twin = static(model, tmp_path / "x", src_len=40)
+    for length, prefix, new in ((5, None, 12), (40, [[5, 6, 8]], 12), (1 if arch == "encdec" else 150, None, 200 if arch == "encdec" else 50)):
+        a, b = step_by_step(model, twin, prompts_of(model, [length]), new, prefix)
+        np.testing.assert_allclose(b, a, atol=2e-5 * max(1, np.abs(a).max()))
+
+
+@pytest.mark.parametrize("arch", ["encdec", "dec"])
+@pytest.mark.parametrize("precision, near", [("16x8", 0.04), ("int8", 0.08)])
+def test_static_codes(arch, precision, near, tmp_path):
+    """Near in proportion to what was dropped, and of the form that was promised: ONNX's own operators, every size a number, every activation rounded,
+    caches and memory stored as codes, and the weights once."""
+    model = tiny(arch, vocab_size=1000)
+    twin = static(model, tmp_path / "x", precision)
+    a, b = step_by_step(model, twin, prompts_of(model, [20]), 30)
+    assert np.abs(a - b).mean() < near * np.abs(a).mean()
+    assert os.path.getsize(tmp_path / "x" / "weights.bin") < 1.02 * model.num_params()
+    names = ["encoder", "decoder"] if arch == "encdec" else ["prefill", "decoder"]
+    assert sorted(name for name in os.listdir(tmp_path / "x") if name.endswith(".onnx")) == sorted(f"{name}.onnx" for name in names)
+    plain = {"Add", "Concat", "DequantizeLinear", "Div", "Gather", "Gemm", "MatMul", "Mul", "QuantizeLinear", "ReduceMean", "Reshape", "ScatterND", "Sigmoid", "Softmax",
+             "Split", "Sqrt", "Sub", "Transpose"}
+    codes = onnx.TensorProto.UINT8 if precision == "int8" else onnx.TensorProto.UINT16
+    for name in names:
+        graph = onnx.load(tmp_path / "x" / f"{name}.onnx", load_external_data=False).graph
+        assert {node.op_type for node in graph.node} <= plain and {node.domain for node in graph.node} == {""}
+        for value in (*graph.input, *graph.output):
+            assert all(dim.HasField("dim_value") for dim in value.type.tensor_type.shape.dim)
+            if value.name.startswith(("past_", "key_", "value_", "memory_")):
+                assert value.type.tensor_type.elem_type == codes
+        readers = {input: node.op_type for node in graph.node for input in node.input}
+        for node in graph.node:
+            if node.op_type in ("MatMul", "Gemm", "Add", "Mul", "Softmax", "Concat", "Div"):
+                assert [readers[output] for output in node.output] == ["QuantizeLinear"]
+
+
+def test_static_limits(tmp_path):
+    model = tiny("encdec")
+    twin = static(model, tmp_path / "x", src_len=10, tgt_len=8)
+    assert list(twin.generate([[5] * 10], 8)) == list(model.generate([[5] * 10], 8))
+    for prompts, new, message in (([[5] * 11], 8, "has 11 tokens, and this static export takes 10"), ([[5]], 9, "need 9 positions, and this static export has 8"),
+                                  ([[5], [6]], 8, "one prompt at a time"), ([[99999]], 8, "outside the model's vocabulary")):
+        with pytest.raises(UserError, match=message):
+            next(twin.generate(prompts, new))
+
+
 @pytest.fixture
 def go(monkeypatch, capsys):
     return lambda main, *argv: call(main, argv, monkeypatch, capsys)
 
 
+@pytest.mark.parametrize("how", [(), ("--static",)])
 @pytest.mark.parametrize("arch", [TINY_ENC, TINY_DEC])
-def test_from_a_run_to_text_without_torch(arch, go, text_file, monkeypatch):
+def test_from_a_run_to_text_without_torch(arch, how, go, text_file, monkeypatch):
     """Train, export, and talk to the folder alone, in a process that cannot import torch: the answer that torch gives."""
     assert go(train.main, *arch, f"--data={text_file}", "--max_iters=4", "--out=run")[0] == 0
-    status, out, err = go(export.main, "--run=run", "--out=folder", "--rows=3", "--new=12", "--json=report.json")
+    status, out, err = go(export.main, "--run=run", "--out=folder", "--rows=3", "--new=12", "--json=report.json", *how)
     assert status == 0 and "100.0% of torch's greedy tokens" in out, out + err
     with open("report.json") as f:
         row = json.load(f)["rows"][0]
@@ -170,8 +228,8 @@ def test_from_a_run_to_text_without_torch(arch, go, text_file, monkeypatch):
     os.rename("run", "elsewhere")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8")
     assert done.stdout == expected and expected.strip(), done.stderr
-    status, out, _ = go(sample.main, "--run=folder", *words, "--temperature=1", "--num_samples=2")
-    assert status == 0 and "-" * 80 in out
+    status, out, err = go(sample.main, "--run=folder", *words, "--temperature=1", "--num_samples=2")
+    assert "one prompt at a time" in one_line(err) if how else status == 0 and "-" * 80 in out
     for key in ("--beams=2", "--show_attention=a.png", "--dtype=bfloat16"):
         assert key.split("=")[0] in one_line(go(sample.main, "--run=folder", *words, key)[2])
 
@@ -194,6 +252,11 @@ def test_bad_input(go, text_file, tmp_path):
     os.rename("model", "run/model.safetensors")
     assert "--precision" in one_line(go(export.main, "--run=run", "--precision=int3")[2])
     assert "--rows" in one_line(go(export.main, "--run=run", "--rows=0")[2])
+    assert "--precision=16x8 is for --static" in one_line(go(export.main, "--run=run", "--precision=16x8")[2])
+    assert "not int4" in one_line(go(export.main, "--run=run", "--precision=int4", "--static")[2])
+    assert "--src_len is for --static" in one_line(go(export.main, "--run=run", "--src_len=9")[2])
+    assert "has no encoder" in one_line(go(export.main, "--run=run", "--src_len=9", "--static")[2])
+    assert "--tgt_len=0" in one_line(go(export.main, "--run=run", "--tgt_len=0", "--static")[2])
     assert "holds something else" in one_line(go(export.main, "--run=run", "--out=run")[2])
     assert go(export.main, "--run=run", "--rows=2", "--new=4", "--precision=int8")[0] == 0
     assert go(export.main, "--run=run", "--rows=2", "--new=4", "--precision=int8")[0] == 0  # once more, over the first
