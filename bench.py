@@ -308,6 +308,7 @@ def speed_of(cfg, arch, engine):
     shapes = [(src, new, batch) for src in numbers(cfg.src) for new in numbers(cfg.new) for batch in numbers(cfg.clients or cfg.batch)]
     for shape in shapes:
         check_room(config, engine, *shape, world)
+    flops = {src: prompt_flops(config, src) for src in numbers(cfg.src)}
     run, about, rng, rows = *make_engine(engine, config, cfg, world), np.random.default_rng(cfg.seed), []
     for src, new, batch in tqdm(shapes, desc=f"{arch} {engine}", leave=False):
         if cfg.clients:
@@ -332,7 +333,7 @@ def speed_of(cfg, arch, engine):
     bandwidth, rate = read_bandwidth(world.device), int8_rate(cfg.threads) if engine in ("onnx-int8", "onnx-int4") else product_rate(engine, world)
     for row in rows:
         row |= dict(read_gb_s=round(bandwidth / 1e9, 1), bound_tok_s=round(row["batch"] * bandwidth / row["read_mb"] / 1e6, 1), gflop_s=round(rate / 1e9),
-                    bound_first_ms=round(row["batch"] * prompt_flops(config, row["src"]) / rate * 1e3, 1))
+                    bound_first_ms=round(row["batch"] * flops[row["src"]] / rate * 1e3, 1))
     return rows
 
 

@@ -176,8 +176,6 @@ class Static(Exported):
 
     def encode(self, prompts):
         S = self.about["static"]["src_len"]
-        if len(prompts) > 1:
-            raise UserError(f"a static export answers one prompt at a time, not {len(prompts)}")
         [prompt] = prompts
         if len(prompt) > S:
             raise UserError(f"the prompt has {len(prompt)} tokens, and this static export takes {S}: export.py --static --src_len={len(prompt)} makes a longer one")
@@ -185,6 +183,11 @@ class Static(Exported):
         seen = np.arange(S) < max(1, len(prompt))
         found = self.run("encoder", dict(tokens=tokens, mask=self.masked(seen[None])) | self.rope_at(np.arange(S), len(prompt) / self.config.src_len))
         return found | dict(source=self.ort.OrtValue.ortvalue_from_numpy(self.masked(seen[None]))), np.array([len(prompt)])
+
+    def start(self, prompts, max_new_tokens, prefix=None):
+        if len(prompts) > 1:
+            raise UserError(f"a static export answers one prompt at a time, not {len(prompts)}")
+        return super().start(prompts, max_new_tokens, prefix)
 
     def request(self, lengths, max_new_tokens, memory, src_lengths):
         return StaticRequest(self, lengths, max_new_tokens, memory)

@@ -170,7 +170,7 @@ def test_static_logits_are_those_of_torch(name, arch, tmp_path):
 
 
 @pytest.mark.parametrize("arch", ["encdec", "dec"])
-@pytest.mark.parametrize("precision, near", [("16x8", 0.04), ("int8", 0.08)])
+@pytest.mark.parametrize("precision, near", [("16x8", 0.07), ("int8", 0.12)])
 def test_static_codes(arch, precision, near, tmp_path):
     """Near in proportion to what was dropped, and of the form that was promised: ONNX's own operators, every size a number, every activation rounded,
     caches and memory stored as codes, and the weights once."""
