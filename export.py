@@ -634,6 +634,16 @@ def real_rows(cfg, record, model, tokenizer, split):
     return batch, [row[row != tokenizer.pad].tolist() for row in batch[0]]
 
 
+def fitting(batch, prompts, src_len, tgt_len, new):
+    """The rows, prompts and number of new tokens, cut to what a static export takes."""
+    src, src_mask, tgt, loss_mask = batch
+    batch = *[part if part is None else part[:, :src_len] for part in (src, src_mask)], tgt[:, :tgt_len], loss_mask[:, :tgt_len]
+    if src is not None:
+        return batch, [prompt[:src_len] for prompt in prompts], min(new, tgt_len)
+    new = min(new, max(1, tgt_len // 2))
+    return batch, [prompt[:tgt_len - new] for prompt in prompts], new
+
+
 @torch.no_grad()
 def parity(model, exported, batch, prompts, new):
     """Beside torch in float32: the largest difference of a logit, the held-out loss of both, and the share of the tokens of torch's
@@ -717,7 +727,10 @@ def main():
     new = out + ".new"  # what is half written is never at `out`
     shutil.rmtree(new, ignore_errors=True)
     if cfg.static:
-        write_static(model, new, cfg.precision, record["objective"], cfg.src_len, cfg.tgt_len, real_rows(cfg, record, model, tokenizer, "train")[0])
+        lengths = cfg.src_len, cfg.tgt_len
+        batch, prompts, cfg.new = fitting(batch, prompts, *lengths, cfg.new)
+        seen, _, _ = fitting(*real_rows(cfg, record, model, tokenizer, "train"), *lengths, 1)
+        write_static(model, new, cfg.precision, record["objective"], *lengths, seen)
     else:
         write(model, new, cfg.precision, record["objective"])
     tokenizer.save(new)
