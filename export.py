@@ -2,6 +2,7 @@
 
     python export.py --run=out/encdec-nano-pycode                     to out/encdec-nano-pycode-fp32
     python export.py --run=RUN --precision=int8 --out=FOLDER          int8: a quarter of the size
+    python export.py --run=RUN --static --precision=16x8 --src_len=512 --tgt_len=128      fixed shapes, for NPUs
     python sample.py --run=FOLDER --prompt="..."                      talks to it, without torch
 
 Two graphs share one file of weights. The encoder's reads a source and gives every decoder layer's cross-attention keys and
@@ -536,7 +537,8 @@ def quantize(g, ranges, known=None):
         if item.name != "logits":
             coded(item)
     g.nodes = nodes
-    g.tensors = {name: tensor for name, tensor in g.tensors.items() if any(name in node.input for node in nodes)}
+    used = {name for node in nodes for name in node.input}
+    g.tensors = {name: tensor for name, tensor in g.tensors.items() if name in used}
     return scales
 
 
@@ -583,8 +585,8 @@ def write_static(model, folder, precision, objective, src_len, tgt_len, batch):
         finish()
         ranges = calibrate(Static(folder), names, batch)
         known = {}
-        for name in graphs:  # prefill and decoder have the same nodes, and the same caches
-            scales = quantize(graphs[name], ranges["encoder" if name == "encoder" else "prefill"], known)
+        for name in graphs:
+            scales = quantize(graphs[name], ranges["encoder" if name == "encoder" else "decoder"], known)
             known = {key: value for key, value in scales.items() if key.startswith("memory_")}
     if cfg.n_enc:
         os.remove(os.path.join(folder, "prefill.onnx")) if precision != "fp32" else None
@@ -599,6 +601,7 @@ def calibrate(exported, names, batch):
     found = {}
 
     def watch(graph, ranges):
+        graph = "encoder" if graph == "encoder" else "decoder"  # prefill and decoder have the same nodes, and the same caches
         low, high = found.get(graph, ranges)
         found[graph] = np.minimum(low, ranges[0]), np.maximum(high, ranges[1])
     exported.watch = watch
