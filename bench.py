@@ -509,8 +509,12 @@ def plot_speed(rows, path):
         group = [row for row in rows if (row["split"] or "decoder-only", row["engine"]) == key]
         for axis, value in zip(axes, ("first_ms", "tok_s")):
             axis.plot([row[over] for row in group], [row[value] for row in group], "o-", ms=4, label=", ".join(key))
-    for axis, label in zip(axes, ("first token, ms", "tokens/s after it")):
-        axis.set(xlabel=dict(src="tokens in", new="tokens out", batch="rows at once")[over], ylabel=label, xscale="log", ylim=(0, None))
+    axes[0].set(ylabel="first token, ms", yscale="log")
+    axes[1].set(ylabel="tokens/s after it", ylim=(0, None))
+    for axis in axes:
+        axis.set(xlabel=dict(src="tokens in", new="tokens out", batch="rows at once")[over], xscale="log")
+        axis.set_xticks(sorted({row[over] for row in rows}), sorted({row[over] for row in rows}), minor=False)
+        axis.set_xticks([], minor=True)
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
     figure.tight_layout()

@@ -451,12 +451,26 @@ def float_inputs(g):
 
 
 def watched(g):
-    """The graph with one more output: `ranges` (2, n), the least and largest values of what `own_range` names, and of the inputs; and their names."""
-    names = float_inputs(g) + [node.output[0] for node in g.nodes if own_range(node)]
-    twin = copy.copy(g)
-    twin.nodes, twin.outputs = list(g.nodes), list(g.outputs)
-    ends = [twin.op("Concat", *[twin.op("Reshape", twin.op(kind, name, keepdims=0), twin.constant(1)) for name in names], axis=0) for kind in ("ReduceMin", "ReduceMax")]
-    twin.op("Concat", *[twin.op("Reshape", end, twin.constant(1, -1)) for end in ends], axis=0, outputs=[twin.output("ranges", 2, len(names))])
+    """The graph with one more output: `ranges` (2, n), the least and largest values of what `own_range` names, and of the inputs; and their
+    names. Each is taken as soon as it is there, so that no activation has to be kept."""
+    names, twin = [], copy.copy(g)
+    twin.nodes, twin.outputs, ends = [], list(g.outputs), ([], [])
+
+    def note(name):
+        names.append(name)
+        for kind, found in zip(("ReduceMin", "ReduceMax"), ends):
+            least = f"{name}.{kind}"
+            twin.nodes.append(helper.make_node(kind, [name], [least], name=least, keepdims=0))
+            twin.nodes.append(helper.make_node("Reshape", [least, twin.constant(1)], [f"{least}.flat"], name=f"{least}.flat"))
+            found.append(f"{least}.flat")
+    for name in float_inputs(g):
+        note(name)
+    for node in g.nodes:
+        twin.nodes.append(node)
+        if own_range(node):
+            note(node.output[0])
+    both = [twin.op("Reshape", twin.op("Concat", *found, axis=0), twin.constant(1, -1)) for found in ends]
+    twin.op("Concat", *both, axis=0, outputs=[twin.output("ranges", 2, len(names))])
     return twin, names
 
 
@@ -583,10 +597,9 @@ def write_static(model, folder, precision, objective, src_len, tgt_len, batch):
             twin, names[name] = watched(g)
             twin.save(os.path.join(folder, f"{name}.onnx"), name)
         finish()
-        ranges = calibrate(Static(folder), names, batch)
-        known = {}
-        for name in graphs:
-            scales = quantize(graphs[name], ranges["encoder" if name == "encoder" else "decoder"], known)
+        ranges, known = calibrate(folder, names, batch), {}
+        for name in graphs:  # prefill and decoder have the same nodes, and the same caches
+            scales = quantize(graphs[name], ranges["encoder" if name == "encoder" else "prefill"], known)
             known = {key: value for key, value in scales.items() if key.startswith("memory_")}
     if cfg.n_enc:
         os.remove(os.path.join(folder, "prefill.onnx")) if precision != "fp32" else None
@@ -596,22 +609,25 @@ def write_static(model, folder, precision, objective, src_len, tgt_len, batch):
     finish()
 
 
-def calibrate(exported, names, batch):
-    """Runs the rows through graphs that `watched` made -> for each graph, name -> least and largest value."""
-    found = {}
+def calibrate(folder, names, batch):
+    """Runs the rows through graphs that `watched` made, one graph in memory at a time -> for each, name -> least and largest value."""
+    found, (src, src_mask, tgt, _) = {}, batch
 
     def watch(graph, ranges):
-        graph = "encoder" if graph == "encoder" else "decoder"  # prefill and decoder have the same nodes, and the same caches
         low, high = found.get(graph, ranges)
         found[graph] = np.minimum(low, ranges[0]), np.maximum(high, ranges[1])
-    exported.watch = watch
-    src, src_mask, tgt, _ = batch
-    for b in tqdm(range(len(tgt)), desc="calibration", leave=False):
-        memory, T = ({}, None), tgt.shape[1]
-        if src is not None:  # half of every other source: the range of the masked scores should be seen too
+    memories, T = [({}, None)] * len(tgt), tgt.shape[1]
+    if src is not None:
+        reader = Static(folder, graphs=["encoder"], in_order=True)
+        reader.watch, memories = watch, []
+        for b in tqdm(range(len(src)), desc="calibration, sources", leave=False):
             ids = (src[b] if src_mask is None else src[b][src_mask[b]]).tolist()
-            memory = exported.encode([ids[:len(ids) // (2 - b % 2)]])
-        exported.request([T], 1, *memory).feed(np.array([[exported.config.bos_id, *tgt[b, :-1]]]), np.array([T]), np.array([T - 1]))
+            memories.append(reader.encode([ids[:len(ids) // (2 - b % 2)]]))  # half of every other: the range of masked scores should be seen too
+        del reader
+    writer = Static(folder, graphs=["prefill"], in_order=True)
+    writer.watch = watch
+    for b in tqdm(range(len(tgt)), desc="calibration, answers", leave=False):
+        writer.request([T], 1, *memories[b]).feed(np.array([[writer.config.bos_id, *tgt[b, :-1]]]), np.array([T]), np.array([T - 1]))
     return {graph: dict(zip(names[graph], zip(*found[graph]))) for graph in found}
 
 

@@ -16,7 +16,6 @@ bench batch speed --engine=torch,onnx-int8 --batch=1,8,32 --new=32 --examples=1 
 bench source speed --engine=onnx-int8 --src=128,256,512,1024,2048,4096 --new=32 --examples=3 --plot="$out/speed_source.png" "$@"
 bench answer speed --engine=onnx-int8 --src=128 --new=16,64,256,1024 --examples=2 --plot="$out/speed_answer.png" "$@"
 bench clients speed --engine=onnx-int8,onnx-int4 --clients=1,4,16 "$@"
-bench flops flops
-for lengths in 1024,256 4096,256 512,128 128,1024; do bench "flops_$lengths" flops --src=${lengths%,*} --new=${lengths#*,}; done
+for lengths in 1024,256 4096,256 512,128 128,1024; do bench "flops_${lengths/,/_}" flops --src=${lengths%,*} --new=${lengths#*,}; done
 bench memory memory "$@"
 bench train_ratio train --engine=encdec,dec --src=1024 --new=256 --batch=4 --rows=16 --repeats=2 --dtype=bfloat16 "$@"

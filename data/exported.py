@@ -32,7 +32,7 @@ def rope_table(slots, head_dim, theta, stretch=1.0):
 class Exported:
     """The model of a folder. `generate` is that of model.Transformer."""
 
-    def __init__(self, folder, threads=0, device="cpu"):
+    def __init__(self, folder, threads=0, device="cpu", graphs=("encoder", "prefill", "decoder"), in_order=False):
         try:
             import onnxruntime
         except ImportError:
@@ -44,18 +44,20 @@ class Exported:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads  # 0 is all physical cores
         options.log_severity_level = 3
+        if in_order:  # of the file: a graph that export.py calibrates frees each activation when its range is known
+            options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
         providers = ["CPUExecutionProvider"] if device == "cpu" else ["CUDAExecutionProvider", "CPUExecutionProvider"]
         if providers[0] not in onnxruntime.get_available_providers():
             raise UserError(f"--device={device}: this onnxruntime has no {providers[0]} (it has {', '.join(onnxruntime.get_available_providers())})")
 
         def session(name):
-            if name not in self.about["files"]:
+            if name not in graphs or f"{name}.onnx" not in self.about["files"]:
                 return None
             try:
-                return onnxruntime.InferenceSession(os.path.join(folder, name), options, providers=providers)
+                return onnxruntime.InferenceSession(os.path.join(folder, f"{name}.onnx"), options, providers=providers)
             except Exception as error:  # onnxruntime raises kinds of its own for what it cannot load
-                raise UserError(f"{folder}/{name} cannot be loaded ({type(error).__name__}: {str(error)[:200]}): export it again") from None
-        self.encoder, self.prefill, self.decoder = map(session, ("encoder.onnx", "prefill.onnx", "decoder.onnx"))
+                raise UserError(f"{folder}/{name}.onnx cannot be loaded ({type(error).__name__}: {str(error)[:200]}): export it again") from None
+        self.encoder, self.prefill, self.decoder = map(session, ("encoder", "prefill", "decoder"))
 
     def value(self, array):
         """An array where the sessions want it; on a CPU its own memory, so that what is written later is seen."""
@@ -228,7 +230,7 @@ class StaticRequest:
                             f"export.py --static --tgt_len={reach} makes a longer one")
         self.model, self.memory, self.filled, self.stretch = model, memory, 0, reach / cfg.tgt_len
         self.slots, self.caches = static["slots"], {}
-        types = {item.name: item.type for item in model.decoder.get_inputs()}
+        types = {item.name: item.type for item in (model.decoder or model.prefill).get_inputs()}
         for name in (f"{part}_{layer}" for layer in range(cfg.n_dec) for part in ("key", "value")):
             dtype = {"tensor(float)": np.float32, "tensor(uint8)": np.uint8, "tensor(uint16)": np.uint16}[types[f"past_{name}"]]
             self.caches[name] = model.ort.OrtValue.ortvalue_from_numpy(np.zeros((cfg.n_kv_head * self.slots, cfg.head_dim), dtype))
@@ -238,7 +240,9 @@ class StaticRequest:
         ids, start, found = tokens[0, :lengths[0]], 0, []
         for end in keep + 1:
             while start < end:
-                chunk = self.model.about["static"]["chunk"] if self.model.prefill and self.filled % self.model.about["static"]["chunk"] == 0 and end - start > 1 else 1
+                chunk = self.model.about["static"]["chunk"]
+                if self.model.decoder and (not self.model.prefill or self.filled % chunk or end - start == 1):
+                    chunk = 1
                 some = ids[start:min(start + chunk, end)]
                 logits, start = self.read(some, chunk), start + len(some)
             found.append(logits)
