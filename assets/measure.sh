@@ -9,7 +9,8 @@ bench() { name=$1; shift; echo "== $name"; $python bench.py "$@" --json="$out/be
 mkdir -p "$out"
 t5="n_enc=20 n_dec=10 n_embd=1024 n_head=6 n_kv_head=6 head_dim=64 n_hidden=2816 vocab_size=32128"
 
-bench table2 speed --archs=all --engine=torch,onnx-fp32,onnx-int8,onnx-int4 "$@"
+bench table2 speed --engine=torch,onnx-fp32,onnx-int8,onnx-int4 "$@"
+bench splits speed --archs=1/3,1/2 --engine=onnx-int8 "$@"
 bench shape speed --archs=2/3 --engine=onnx-int8,onnx-int4 --shape="$t5" "$@"
 bench nocache speed --engine=nocache --new=4 "$@"
 bench batch speed --engine=torch,onnx-int8 --batch=1,8,32 --new=32 --examples=1 "$@"
