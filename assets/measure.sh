@@ -5,7 +5,7 @@ set -eu
 cd "$(dirname "$0")/.."
 out=${OUT:-assets}
 python=${PYTHON:-python}
-bench() { name=$1; shift; echo "== $name"; $python bench.py "$@" --json="$out/bench_$name.json" 2>>"$out/measure.log"; }
+bench() { name=$1; shift; echo "== $name"; $python bench.py "$@" --json="$out/bench_$name.json" 2>>"$out/measure.log" || echo "failed: $out/measure.log"; }
 mkdir -p "$out"
 t5="n_enc=20 n_dec=10 n_embd=1024 n_head=6 n_kv_head=6 head_dim=64 n_hidden=2816 vocab_size=32128"
 
