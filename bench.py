@@ -178,42 +178,44 @@ def peer_t5(config):
 
 def bench_train(cfg):
     """Whole optimizer steps on random rows: tokens/s, source and target, the share of the matrix-product rate, and the most memory held. A
-    process for each engine."""
-    rows = []
-    for engine in tqdm(cfg.engine.split(","), desc="train"):
-        rows += apart(train_of, cfg, engine)
-    best = {engine: max((row for row in rows if row["engine"] == engine), key=lambda row: row["tok_s"]) for engine in cfg.engine.split(",")}
+    process for each row, so that its memory is its own."""
+    rows, dtypes = [], ("float32", "bfloat16") if cfg.dtype == "auto" else (cfg.dtype,)
+    for engine, dtype, batch in tqdm([(e, d, b) for e in cfg.engine.split(",") for d in dtypes for b in numbers(cfg.batch)], desc="train"):
+        try:
+            rows.append(apart(train_of, cfg, engine, dtype, batch))
+            tqdm.write(json.dumps(rows[-1]), file=sys.stderr)
+        except Exception as error:  # whatever one dies of, the others go on
+            tqdm.write(f"{engine}, {dtype}, batch {batch}: {reason(error)}", file=sys.stderr)
+    if not rows:
+        raise UserError("nothing could be measured; what each said stands above")
+    best = {engine: max((row for row in rows if row["engine"] == engine), key=lambda row: row["tok_s"]) for engine in dict.fromkeys(row["engine"] for row in rows)}
     table(list(best.values()), ("engine", "dtype", "batch", "rows", "compiled", "params_m", "step_ms", "tok_s", "gflop_s", "mfu", "peak_mb"))
-    for rival, remark in (("t5", ""), ("dec", f"; as {best['encdec']['step_ms'] / best['dec']['step_ms']:.2f} of its time for the same rows (the paper: 0.71)" if {"encdec", "dec"} <= set(best) else "")):
+    for rival in ("t5", "dec"):
         if rival in best and "encdec" in best:
-            print(f"encdec / {rival}, the best of each: {best['encdec']['tok_s'] / best[rival]['tok_s']:.2f} times the tokens/s{remark}")
+            ratio = best["encdec"]["tok_s"] / best[rival]["tok_s"]
+            print(f"encdec / {rival}, the best of each: {ratio:.2f} times the tokens/s" + (f", so {1 / ratio:.2f} of its time for the same rows (the paper: 0.71)" if rival == "dec" else ""))
     return rows
 
 
-def train_of(cfg, engine):
-    """Rows of one engine: every precision and batch asked for."""
+def train_of(cfg, engine, dtype, batch):
+    """The row of one engine, precision and batch."""
     encdec = make_config(cfg.preset, "encdec", cfg.split, src_len=cfg.src, tgt_len=cfg.new)
-    config, rows = make_config(cfg.preset, "dec", src_len=cfg.src, tgt_len=cfg.new) if engine == "dec" else encdec, []
+    config = make_config(cfg.preset, "dec", src_len=cfg.src, tgt_len=cfg.new) if engine == "dec" else encdec
     if engine != "t5":
         keep_memory()
-    for dtype in ("float32", "bfloat16") if cfg.dtype == "auto" else (cfg.dtype,):
-        for batch in numbers(cfg.batch):
-            settings, world = train_world(cfg, dtype, cfg.compile if engine != "t5" else "false")
-            torch.manual_seed(0)
-            model = (peer_t5(encdec) if engine == "t5" else Transformer(config)).to(world.device)
-            step, passes = train_step(model, engine, config, settings, world, cfg, batch)
-            step()
-            times = seconds(step, world.device, cfg.repeats)
-            typical, new = statistics.median(times), cfg.new + (cfg.src if engine == "dec" else 0)
-            flops = 3 * batch * passes * Transformer.flops(model if engine != "t5" else Transformer(encdec), cfg.src, new)
-            rows.append(dict(arch="dec" if engine == "dec" else "encdec", split=cfg.split, engine=engine, dtype=dtype, batch=batch, rows=batch * passes,
-                             src=cfg.src, new=cfg.new, params_m=round(sum(p.numel() for p in model.parameters()) / 1e6, 2),
-                             compiled=engine != "t5" and world.compile, step_ms=round(typical * 1e3, 1), spread_ms=round((times[-1] - times[0]) * 1e3, 1),
-                             tok_s=round(batch * passes * (cfg.src + cfg.new) / typical), gflop_s=round(flops / typical / 1e9),
-                             mfu=round(flops / typical / world.rate(), 3), peak_mb=peak_memory(world.device)))
-            torch.compiler.reset()
-            tqdm.write(json.dumps(rows[-1]), file=sys.stderr)
-    return rows
+    settings, world = train_world(cfg, dtype, cfg.compile if engine != "t5" else "false")
+    torch.manual_seed(0)
+    model = (peer_t5(encdec) if engine == "t5" else Transformer(config)).to(world.device)
+    step, passes = train_step(model, engine, config, settings, world, cfg, batch)
+    step()
+    times = seconds(step, world.device, cfg.repeats)
+    typical, new = statistics.median(times), cfg.new + (cfg.src if engine == "dec" else 0)
+    flops = 3 * batch * passes * Transformer.flops(model if engine != "t5" else Transformer(encdec), cfg.src, new)
+    return dict(arch="dec" if engine == "dec" else "encdec", split=cfg.split, engine=engine, dtype=dtype, batch=batch, rows=batch * passes,
+                src=cfg.src, new=cfg.new, params_m=round(sum(p.numel() for p in model.parameters()) / 1e6, 2),
+                compiled=engine != "t5" and world.compile, step_ms=round(typical * 1e3, 1), spread_ms=round((times[-1] - times[0]) * 1e3, 1),
+                tok_s=round(batch * passes * (cfg.src + cfg.new) / typical), gflop_s=round(flops / typical / 1e9),
+                mfu=round(flops / typical / world.rate(), 3), peak_mb=peak_memory(world.device))
 
 
 def train_step(model, engine, config, settings, world, cfg, batch):
@@ -276,8 +278,8 @@ def bench_speed(cfg):
         for arch, engine in tqdm(pairs, desc="speed"):
             try:
                 rows += apart(speed_of, cfg, arch, engine)
-            except (UserError, BrokenProcessPool) as error:  # the others go on
-                tqdm.write(f"{arch}, {engine}: {'its process was killed; out of memory?' if isinstance(error, BrokenProcessPool) else error}", file=sys.stderr)
+            except Exception as error:  # whatever an engine dies of, the others go on
+                tqdm.write(f"{arch}, {engine}: {reason(error)}", file=sys.stderr)
     if not rows:
         raise UserError("no engine could be measured; what each said stands above")
     columns = ["arch", "split", "engine", "batch", "src", "new"]
@@ -292,6 +294,12 @@ def bench_speed(cfg):
     if cfg.plot:
         plot_speed(rows, cfg.plot)
     return rows
+
+
+def reason(error):
+    if isinstance(error, BrokenProcessPool):
+        return "its process was killed; out of memory?"
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {str(error)[:300]}"
 
 
 def apart(function, *args):
@@ -330,7 +338,7 @@ def speed_of(cfg, arch, engine):
     if cfg.clients:
         return rows
     # No step can be faster than its weights and caches are read, and no prompt than its products are computed.
-    bandwidth, rate = read_bandwidth(world.device), int8_rate(cfg.threads) if engine in ("onnx-int8", "onnx-int4") else product_rate(engine, world)
+    bandwidth, rate = read_bandwidth(world.device), int8_rate(cfg.threads) if engine in ("onnx-int8", "onnx-int4") and world.device.type == "cpu" else product_rate(engine, world)
     for row in rows:
         row |= dict(read_gb_s=round(bandwidth / 1e9, 1), bound_tok_s=round(row["batch"] * bandwidth / row["read_mb"] / 1e6, 1), gflop_s=round(rate / 1e9),
                     bound_first_ms=round(row["batch"] * flops[row["src"]] / rate * 1e3, 1))
@@ -345,7 +353,7 @@ def make_engine(engine, config, cfg, world):
             raise UserError("t5 streams one row only, and its cache fails with more decoder than encoder layers: --batch=1, split 1/2 or 2/3")
         model = peer_t5(config).to(world.device, world.dtype).eval()
         return functools.partial(t5_marks, model), about_of(model, model.decoder.parameters(), model.shared.weight)
-    with torch.device(world.device):
+    with torch.device("cpu" if engine.startswith("onnx-") else world.device):
         model = Transformer(config).eval()
     if engine.startswith("onnx-"):
         from export import write

@@ -134,7 +134,7 @@ def quantize_rows(weight):
 
 
 def array(tensor):
-    return tensor.detach().float().numpy()
+    return tensor.detach().float().cpu().numpy()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -309,7 +309,6 @@ def output_layer(g, model, h):
 # batch dimension. Built in float32; `quantize` then rounds every activation to the range that it was seen to have.
 
 CHUNK = 128  # tokens of its prompt that a decoder-only model reads at a time
-MOVES = ("Reshape", "Transpose", "Split")  # what they move keeps its scale
 OUTSIDE = -100.0  # added to the score of what may not be seen: e^-100 of its weight is left, and the range of the scores stays narrow
 
 
@@ -441,9 +440,14 @@ def plain_decoder(model, weights, precision, T, slots, S):
     return g
 
 
+def moves(node):
+    """Whether a node only moves what it gets: its output then keeps the scale of its input."""
+    return node.op_type in ("Reshape", "Transpose", "Split", "ScatterND") or (node.op_type == "Gather" and node.input[1] == "keep")
+
+
 def own_range(node):
     """Whether the output of a node is an activation with a range of its own: no codes of weights, nothing moved from elsewhere."""
-    return node.op_type not in (*MOVES, "ScatterND", "DequantizeLinear") and not node.input[0].endswith(".int8")
+    return not moves(node) and node.op_type != "DequantizeLinear" and not node.input[0].endswith(".int8")
 
 
 def float_inputs(g):
@@ -453,8 +457,12 @@ def float_inputs(g):
 def watched(g):
     """The graph with one more output: `ranges` (2, n), the least and largest values of what `own_range` names, and of the inputs; and their
     names. Each is taken as soon as it is there, so that no activation has to be kept."""
-    names, twin = [], copy.copy(g)
-    twin.nodes, twin.outputs, ends = [], list(g.outputs), ([], [])
+    names, ends, twin = [], ([], []), copy.copy(g)
+    twin.nodes, twin.outputs = [], [item for item in g.outputs if item.name != "logits"]
+    twin.inputs = [item for item in g.inputs if item.name != "keep"]
+    if len(twin.inputs) < len(g.inputs):  # the decoder's logits at any number of positions
+        twin.input("keep", "kept", dtype=np.int64)
+        twin.output("logits", "kept", next(item for item in g.outputs if item.name == "logits").type.tensor_type.shape.dim[1].dim_value)
 
     def note(name):
         names.append(name)
@@ -484,7 +492,7 @@ def quantize(g, ranges, known=None):
             readers.setdefault(name, []).append(node)
 
     def narrow(name):  # read by matrix products alone, moved or not
-        return name != "logits" and all(node.op_type in ("MatMul", "Gemm") or node.op_type in (*MOVES, "ScatterND") and all(map(narrow, node.output))
+        return name != "logits" and all(node.op_type in ("MatMul", "Gemm") or moves(node) and all(map(narrow, node.output))
                                         for node in readers.get(name, []))
 
     def spread(low, high, kind):
@@ -634,19 +642,21 @@ def calibrate(folder, names, batch):
 # ---------------------------------------------------------------------------------------------------------------------
 # Does the export say what the run says?
 
-def real_rows(cfg, record, model, tokenizer, split):
-    """Rows of what the run was trained on, as a batch (src, src_mask, tgt, loss_mask), and prompts to continue."""
+def real_rows(cfg, record, model, tokenizer, split, n):
+    """At most n rows of what the run was trained on, as a batch (src, src_mask, tgt, loss_mask), and prompts to continue."""
     data, decoder_only = cfg.data or record["data"], model.config.n_enc == 0
     if record["objective"] == "seq2seq":
         task = load_task(data, record["source_col"], record["target_col"], record["skip_bad"], log=lambda text: None)
         rows = task.splits[split]
-        pairs = Pairs([rows[i] for i in np.linspace(0, len(rows) - 1, min(cfg.rows, len(rows))).astype(int)], tokenizer,
+        pairs = Pairs([rows[i] for i in np.linspace(0, len(rows) - 1, min(n, len(rows))).astype(int)], tokenizer,
                       record["src_len"], record["tgt_len"], decoder_only)
         return pairs.batch(range(len(pairs))), [pairs.prompt(row) for row in range(len(pairs))]
     objective = Objective(record["objective"], tokenizer, record["src_len"], record["tgt_len"], decoder_only, record["noise"], record["mean_span"])
-    text = prepare(data, cfg.run, text_col=record["text_col"], max_tokens=1, log=lambda text: None).splits[split]
-    starts = np.linspace(0, len(text) - objective.window, cfg.rows).astype(int)
-    batch = objective.batch(text.windows(starts, objective.window), uniforms(0, 0, range(cfg.rows), objective.n_random))
+    text = prepare(data, cfg.run, text_col=record["text_col"], max_tokens=1 if split == "val" else n * objective.window, log=lambda text: None).splits[split]
+    if len(text) < objective.window:
+        raise UserError(f"{data} has {len(text)} tokens of {split}, and a row of this run needs {objective.window}: --data=... names a larger text")
+    starts = np.linspace(0, len(text) - objective.window, n).astype(int)
+    batch = objective.batch(text.windows(starts, objective.window), uniforms(0, 0, range(n), objective.n_random))
     if decoder_only:
         halves = np.maximum(batch[3].argmax(1), batch[2].shape[1] // 2 * (record["objective"] == "causal"))
         return batch, [row[:half].tolist() for row, half in zip(batch[2], halves)]
@@ -654,13 +664,13 @@ def real_rows(cfg, record, model, tokenizer, split):
 
 
 def fitting(batch, prompts, src_len, tgt_len, new):
-    """The rows, prompts and number of new tokens, cut to what a static export takes."""
+    """The rows, prompts and number of new tokens, cut to what a static export takes; a decoder-only model's at the front, as answers come last."""
     src, src_mask, tgt, loss_mask = batch
-    batch = *[part if part is None else part[:, :src_len] for part in (src, src_mask)], tgt[:, :tgt_len], loss_mask[:, :tgt_len]
     if src is not None:
+        batch = *[part if part is None else part[:, :src_len] for part in (src, src_mask)], tgt[:, :tgt_len], loss_mask[:, :tgt_len]
         return batch, [prompt[:src_len] for prompt in prompts], min(new, tgt_len)
     new = min(new, max(1, tgt_len // 2))
-    return batch, [prompt[:tgt_len - new] for prompt in prompts], new
+    return (None, None, tgt[:, -tgt_len:], loss_mask[:, -tgt_len:]), [prompt[max(0, len(prompt) - tgt_len + new):] for prompt in prompts], new
 
 
 @torch.no_grad()
@@ -668,6 +678,8 @@ def parity(model, exported, batch, prompts, new):
     """Beside torch in float32: the largest difference of a logit, the held-out loss of both, and the share of the tokens of torch's
     greedy answers, of `new` tokens each, that the export would have chosen as well."""
     sums, widest, largest = np.zeros(3), 0.0, 0.0
+    if not batch[3].any():
+        raise UserError("no token of an answer is left in the held-out rows to compare by: --tgt_len is too short for them")
     for b in tqdm(range(len(prompts)), desc="parity, losses", leave=False):
         src, src_mask, tgt, loss_mask = (None if part is None else torch.from_numpy(part[b:b + 1]) for part in batch)
         expected, loss = model(src, src_mask, tgt, loss_mask, reduction="sum")
@@ -695,13 +707,14 @@ def parity(model, exported, batch, prompts, new):
 @dataclass
 class Settings:
     run: str = setting(None, "run folder; default: the newest in out/")
-    out: str = setting(None, "folder to write; default: the run's name with the precision behind it")
+    out: str = setting(None, "folder to write; default: the run's name with the precision behind it, static- before that")
     precision: str = setting("fp32", "of the weights; with int4 the encoder, which computes more than it reads, stays int8; 16x8 is of --static: activations of "
                              "16 bits, weights of 8 (int8 there: activations of 8 into matrix products)", ("fp32", "fp16", "int8", "int4", "16x8"))
     static: bool = setting(False, "fixed shapes and plain operators, activations rounded to calibrated ranges: what compilers for NPUs take; one prompt at a time")
     src_len: int = setting(None, "static: the longest prompt of an encoder; default: the length it was trained for", type=int)
     tgt_len: int = setting(None, "static: positions of the decoder, the prompt's too if it has no encoder; default: as trained", type=int)
-    data: str = setting(None, "what the parity report reads held-out rows of; default: what the run was trained on")
+    calibrate: int = setting(16, "static: training rows that the ranges of the activations are taken from")
+    data: str = setting(None, "what the parity report (and calibration) reads its rows of; default: what the run was trained on")
     rows: int = setting(16, "held-out rows that the parity report reads")
     new: int = setting(128, "tokens of the greedy answers that it compares")
     threads: int = setting(0, "CPU threads; 0 is the libraries' own choice")
@@ -730,11 +743,11 @@ def check_static(cfg, config):
 
 def main():
     cfg = parse(Settings, __doc__)
-    for name in ("rows", "new"):
+    for name in ("rows", "new", "calibrate"):
         if getattr(cfg, name) < 1:
             raise UserError(f"--{name}={getattr(cfg, name)} must be at least 1")
     cfg.run = (cfg.run or newest_run()).rstrip("/")
-    out = (cfg.out or f"{cfg.run}-{cfg.precision}").rstrip("/")
+    out = (cfg.out or f"{cfg.run}-{'static-' * cfg.static}{cfg.precision}").rstrip("/")
     if os.path.exists(out) and not is_export(out) and (not os.path.isdir(out) or os.listdir(out)):
         raise UserError(f"--out={out} holds something else: choose another folder")
     if cfg.threads:
@@ -742,13 +755,13 @@ def main():
     record, tokenizer = read_record(cfg.run)["settings"], load_tokenizer(cfg.run)
     model = Transformer.load(cfg.run).float().eval()
     check_static(cfg, model.config)
-    batch, prompts = real_rows(cfg, record, model, tokenizer, "val")
+    batch, prompts = real_rows(cfg, record, model, tokenizer, "val", cfg.rows)
     new = out + ".new"  # what is half written is never at `out`
     shutil.rmtree(new, ignore_errors=True)
     if cfg.static:
         lengths = cfg.src_len, cfg.tgt_len
         batch, prompts, cfg.new = fitting(batch, prompts, *lengths, cfg.new)
-        seen, _, _ = fitting(*real_rows(cfg, record, model, tokenizer, "train"), *lengths, 1)
+        seen, _, _ = fitting(*real_rows(cfg, record, model, tokenizer, "train", cfg.calibrate), *lengths, 1)
         write_static(model, new, cfg.precision, record["objective"], *lengths, seen)
     else:
         write(model, new, cfg.precision, record["objective"])

@@ -214,7 +214,9 @@ def main():
     model = load_exported(cfg, run) if exported else load_torch(cfg, run)
     prompt = encode_prompt(text, tokenizer, objective, model.config.n_enc == 0)
     if cfg.max_new_tokens is None:
-        cfg.max_new_tokens = model.config.tgt_len if model.config.n_enc else max(64, model.config.tgt_len - len(prompt))
+        static = exported and model.about.get("static")
+        room = static["tgt_len"] if static else model.config.tgt_len
+        cfg.max_new_tokens = room if model.config.n_enc else max(1 if static else 64, room - len(prompt))
     holes = any(i >= tokenizer.first_sentinel for i in prompt)
 
     if cfg.beams > 1:

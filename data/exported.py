@@ -227,7 +227,7 @@ class StaticRequest:
         static, cfg, reach = model.about["static"], model.config, lengths[0] + max_new_tokens - 1
         if reach > static["tgt_len"]:
             raise UserError(f"{lengths[0]} tokens to read and {max_new_tokens} to make need {reach} positions, and this static export has {static['tgt_len']}: "
-                            f"export.py --static --tgt_len={reach} makes a longer one")
+                            f"ask for fewer, or make a longer one: export.py --static --tgt_len={reach}")
         self.model, self.memory, self.filled, self.stretch = model, memory, 0, reach / cfg.tgt_len
         self.slots, self.caches = static["slots"], {}
         types = {item.name: item.type for item in (model.decoder or model.prefill).get_inputs()}
@@ -252,7 +252,8 @@ class StaticRequest:
         """Reads at most `width` ids through the graph of that width -> logits (1, V) behind the last."""
         model, cfg = self.model, self.model.config
         positions = self.filled + np.arange(width)
-        feeds = dict(tokens=np.array([*ids, *[cfg.pad_id] * (width - len(ids))], dtype=np.int64), keep=np.array([len(ids) - 1]),
+        keep = np.minimum(np.arange(width), len(ids) - 1) if model.watch else np.array([len(ids) - 1])  # calibration sees every position's logits
+        feeds = dict(tokens=np.array([*ids, *[cfg.pad_id] * (width - len(ids))], dtype=np.int64), keep=keep,
                      at=(np.arange(cfg.n_kv_head)[:, None] * self.slots + positions).reshape(-1, 1),
                      mask=model.masked(np.arange(self.slots) <= positions[:, None]), **model.rope_at(positions, self.stretch), **self.memory)
         feeds |= {f"past_{name}": cache for name, cache in self.caches.items()}
