@@ -94,9 +94,9 @@ class Graph:
         self.tensors[name] = helper.make_tensor(name, TensorProto.INT64, [len(values)], values)
         return name
 
-    def scalar(self, value):
-        name = f"scalar_{value}"
-        self.tensors[name] = onnx.numpy_helper.from_array(np.array(value, self.float), name)
+    def vector(self, name, values):
+        """A small constant, in the graph itself."""
+        self.tensors[name] = onnx.numpy_helper.from_array(values, name)
         return name
 
     def save(self, path, name):
@@ -179,7 +179,7 @@ def embedding(g, model, tokens):
                  g.weight(f"embed.scales{bits}", scales), domain=MS, bits=bits, block_size=block, gather_axis=0, quantize_axis=1)
     else:
         x = g.op("Gather", g.weight("embed", weight), tokens)
-    return x if cfg.embed_scale == 1 else g.op("Mul", x, g.scalar(cfg.embed_scale))
+    return x if cfg.embed_scale == 1 else g.op("Mul", x, g.vector("embed_scale", np.array(cfg.embed_scale, g.float)))
 
 
 def norm(g, x, layer, name):
@@ -312,12 +312,6 @@ CHUNK = 128  # tokens of its prompt that a decoder-only model reads at a time
 OUTSIDE = -100.0  # added to the score of what may not be seen: e^-100 of its weight is left, and the range of the scores stays narrow
 
 
-def plain_vector(g, name, values):
-    """A small constant, in the graph itself."""
-    g.tensors[name] = onnx.numpy_helper.from_array(values, name)
-    return name
-
-
 def plain_linear(g, x, layer, name):
     """x (T, K) -> (T, N). Weights in int8 have one scale an output channel."""
     weight, bias = array(layer.weight), None if layer.bias is None else array(layer.bias)
@@ -325,8 +319,8 @@ def plain_linear(g, x, layer, name):
         y = g.op("MatMul", x, g.weight(f"{name}.weight", weight.T))
     else:
         codes, scales = quantize_rows(weight)
-        y = g.op("MatMul", x, g.op("DequantizeLinear", g.weight(f"{name}.int8", codes.T), plain_vector(g, f"{name}.scales", scales), axis=1))
-    return y if bias is None else g.op("Add", y, plain_vector(g, f"{name}.bias", bias))
+        y = g.op("MatMul", x, g.op("DequantizeLinear", g.weight(f"{name}.int8", codes.T), g.vector(f"{name}.scales", scales), axis=1))
+    return y if bias is None else g.op("Add", y, g.vector(f"{name}.bias", bias))
 
 
 def plain_embedding(g, model, tokens):
@@ -334,16 +328,16 @@ def plain_embedding(g, model, tokens):
     scale = model.config.embed_scale
     if g.precision == "fp32":
         x = g.op("Gather", g.weight("embed", array(model.embed.weight)), tokens)
-        return x if scale == 1 else g.op("Mul", x, plain_vector(g, "embed_scale", np.array(scale, np.float32)))
+        return x if scale == 1 else g.op("Mul", x, g.vector("embed_scale", np.array(scale, np.float32)))
     codes, scales = quantize_rows(array(model.embed.weight))
-    x = g.op("DequantizeLinear", g.op("Gather", g.weight("embed.int8", codes), tokens), plain_vector(g, "embed.step", np.array(1 / 127, np.float32)))
-    return g.op("Mul", x, g.op("Gather", plain_vector(g, "embed.sizes", scales[:, None] * np.float32(127 * scale)), tokens))
+    x = g.op("DequantizeLinear", g.op("Gather", g.weight("embed.int8", codes), tokens), g.vector("embed.step", np.array(1 / 127, np.float32)))
+    return g.op("Mul", x, g.op("Gather", g.vector("embed.sizes", scales[:, None] * np.float32(127 * scale)), tokens))
 
 
 def plain_norm(g, x, layer, name):
     square = g.op("ReduceMean", g.op("Mul", x, x), g.constant(-1))
-    size = g.op("Sqrt", g.op("Add", square, plain_vector(g, "eps", np.array(layer.eps, np.float32))))
-    return g.op("Mul", g.op("Div", x, size), plain_vector(g, f"{name}.weight", array(layer.weight)))
+    size = g.op("Sqrt", g.op("Add", square, g.vector("eps", np.array(layer.eps, np.float32))))
+    return g.op("Mul", g.op("Div", x, size), g.vector(f"{name}.weight", array(layer.weight)))
 
 
 def plain_heads(g, x, layer, n_head, head_dim, name, rope):
@@ -361,7 +355,7 @@ def plain_heads(g, x, layer, n_head, head_dim, name, rope):
 def plain_attention(g, x, attn, name, rope, keys, values, mask, S):
     """x (T, C), keys and values (H_kv, S, D), mask (1, T or 1, S): 0, or OUTSIDE."""
     q = plain_heads(g, plain_linear(g, x, attn.wq, f"{name}.wq"), attn.q_norm, attn.n_head, attn.head_dim, f"{name}.q_norm", rope)
-    q = g.op("Reshape", g.op("Mul", q, plain_vector(g, "root", np.array(attn.head_dim ** -0.5, np.float32))), g.constant(attn.n_kv_head, -1, attn.head_dim))
+    q = g.op("Reshape", g.op("Mul", q, g.vector("root", np.array(attn.head_dim ** -0.5, np.float32))), g.constant(attn.n_kv_head, -1, attn.head_dim))
     scores = g.op("MatMul", q, g.op("Transpose", keys, perm=[0, 2, 1]))  # (H_kv, H / H_kv * T, S)
     scores = g.op("Softmax", g.op("Add", g.op("Reshape", scores, g.constant(attn.n_head, -1, S)), mask), axis=-1)
     y = g.op("MatMul", g.op("Reshape", scores, g.constant(attn.n_kv_head, -1, S)), values)
@@ -435,7 +429,7 @@ def plain_decoder(model, weights, precision, T, slots, S):
         weight = g.weight(name, array(weight))
     else:
         codes, scales = quantize_rows(array(weight))
-        weight = g.op("DequantizeLinear", g.weight(f"{name}.int8", codes), plain_vector(g, f"{name}.scales", scales), axis=0)
+        weight = g.op("DequantizeLinear", g.weight(f"{name}.int8", codes), g.vector(f"{name}.scales", scales), axis=0)
     g.op("Gemm", h, weight, transB=1, outputs=["logits"])
     return g
 
@@ -509,7 +503,7 @@ def quantize(g, ranges, known=None):
         return scales[name]
 
     def pair(name):
-        return [plain_vector(g, f"{name}.{part}", np.array(value)) for part, value in zip(("scale", "zero"), scale_of(name))]
+        return [g.vector(f"{name}.{part}", np.array(value)) for part, value in zip(("scale", "zero"), scale_of(name))]
 
     def emit(kind, *inputs, output):
         nodes.append(helper.make_node(kind, list(inputs), [output], name=f"{output}.{kind}"))
@@ -524,7 +518,7 @@ def quantize(g, ranges, known=None):
         if name not in current and tensor is not None and tensor.data_type == TensorProto.FLOAT:  # a constant
             values = onnx.numpy_helper.to_array(tensor)
             scale, zero = scales[name] = spread(values.min(), values.max(), np.uint16)
-            codes = plain_vector(g, f"{name}.codes", np.clip(np.round(values / scale) + zero, 0, 65535).astype(np.uint16))
+            codes = g.vector(f"{name}.codes", np.clip(np.round(values / scale) + zero, 0, 65535).astype(np.uint16))
             current[name] = emit("DequantizeLinear", codes, *pair(name), output=f"{name}.rounded")
         return current.get(name, name)
 
@@ -576,9 +570,15 @@ def write(model, folder, precision, objective="seq2seq"):
     g = decoder_graph(model, weights, precision)
     g.save(os.path.join(folder, "decoder.onnx"), "decoder")
     weights.file.close()
-    read = {name.split(" as ")[0] for name in g.tensors if not (name.startswith("embed") and model.head is not None)}
-    sizes = {name: os.path.getsize(os.path.join(folder, name)) for name in sorted(os.listdir(folder))}
-    write_json(os.path.join(folder, FILE), dict(precision=precision, objective=objective, config=asdict(model.config), files=sizes,
+    describe(folder, model, weights, g, precision=precision, objective=objective)
+
+
+def describe(folder, model, weights, step, **about):
+    """export.json: what is known of the export, the size of each file, and the bytes of weights that the graph of a step reads (of an untied
+    embedding, next to nothing)."""
+    read = {name.split(" as ")[0] for name in step.tensors if not (name.startswith("embed") and model.head is not None)}
+    sizes = {name: os.path.getsize(os.path.join(folder, name)) for name in sorted(os.listdir(folder)) if name != FILE}
+    write_json(os.path.join(folder, FILE), dict(about, config=asdict(model.config), files=sizes,
                                                 step_bytes=sum(weights.places[name][1] for name in read if name in weights.places)))
 
 
@@ -592,19 +592,13 @@ def write_static(model, folder, precision, objective, src_len, tgt_len, batch):
     graphs |= {name: plain_decoder(model, weights, precision, T, slots, src_len) for name, T in (("prefill", CHUNK), ("decoder", 1))}
     weights.file.close()
 
-    def finish():
-        sizes = {name: os.path.getsize(os.path.join(folder, name)) for name in sorted(os.listdir(folder)) if name != FILE}
-        read = {name for name in graphs["decoder"].tensors if name in weights.places}
-        write_json(os.path.join(folder, FILE), dict(precision=precision, objective=objective, config=asdict(cfg), files=sizes,
-                                                    step_bytes=sum(weights.places[name][1] for name in read),
-                                                    static=dict(src_len=src_len, tgt_len=tgt_len, slots=slots, chunk=CHUNK, outside=OUTSIDE)))
-
+    about = dict(precision=precision, objective=objective, static=dict(src_len=src_len, tgt_len=tgt_len, slots=slots, chunk=CHUNK, outside=OUTSIDE))
     if precision != "fp32":
         names = {}
         for name, g in graphs.items():
             twin, names[name] = watched(g)
             twin.save(os.path.join(folder, f"{name}.onnx"), name)
-        finish()
+        describe(folder, model, weights, graphs["decoder"], **about)
         ranges, known = calibrate(folder, names, batch), {}
         for name in graphs:  # prefill and decoder have the same nodes, and the same caches
             scales = quantize(graphs[name], ranges["encoder" if name == "encoder" else "prefill"], known)
@@ -614,7 +608,7 @@ def write_static(model, folder, precision, objective, src_len, tgt_len, batch):
         del graphs["prefill"]  # the encoder reads the prompt
     for name, g in graphs.items():
         g.save(os.path.join(folder, f"{name}.onnx"), name)
-    finish()
+    describe(folder, model, weights, graphs["decoder"], **about)
 
 
 def calibrate(folder, names, batch):
