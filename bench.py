@@ -7,7 +7,8 @@
     python bench.py memory                    of weights and caches while generating
     python bench.py quality --run=RUN         scores a run on held-out rows of its task; --data=TASK: on another, or on
                                               multiple choice (mmlu, arc_easy, arc_challenge), or on text (perplexity)
-    python bench.py compare --data=TASK       trains and scores decoder-only and the three splits, seed by seed
+    python bench.py compare --data=TASK       trains and scores decoder-only and the three splits, seed by seed; --teacher=RUN: distilled, too
+    python bench.py distill --data=TASK --teacher=RUN      the ablation: share and kind of the divergence, whose answers, sizes of students
 
 `python bench.py COMMAND --help` lists a command's keys. Speeds are medians after a warm-up. A machine's speed drifts: compare rows of one sitting, as ratios.
 """
@@ -135,13 +136,24 @@ class Compare:
                          "steps as see the same rows, or cost the same)", ("time", "tokens", "flops"))
     max_minutes: float = setting(4.0, "training time a run, where time is equal")
     max_iters: int = setting(None, "steps a run, where tokens or flops are equal", type=int)
-    train: str = setting("", "more keys for train.py, in quotes: '--vocab_size=4096 --batch_size=8'")
+    train: str = setting("", "more keys for train.py, in quotes: '--vocab_size=4096 --batch_size=8'; {arch} and {seed} become the run's, as dec or 23 and 1")
+    teacher: str = setting(None, "each also distilled from this teacher, as distill.py takes it")
+    distill: str = setting("", "more keys for distill.py, in quotes: '--alpha=0.5 --sequences=data'")
     eval_split: str = setting("val", "which held-out rows are scored, all of them; the best checkpoint is chosen on val", ("val", "test"))
     results: str = setting(None, "file that each finished run is appended to, and whose runs are not run again; default: out/compare-TASK.jsonl")
     plot: str = setting(None, "draw the task's metric, run by run, into this file")
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
     threads: int = setting(0, "CPU threads; 0 is torch's own choice")
     json: str = setting(None, "write the rows to this file")
+
+
+@dataclass
+class Distill(Compare):
+    archs: str = setting("2/3", "decoder-only and splits of the encoder-decoder, separated by commas")
+    alphas: str = setting("0,0.5,1", "shares of the divergence in the loss, separated by commas. Whose answers and sizes are compared at the one in the middle of this list")
+    kls: str = setting("reverse,forward", "kinds of divergence")
+    sequences: str = setting("data,student,teacher", "whose answers; the divergences are compared on the first")
+    sizes: str = setting("mini", "students of other sizes, with the first divergence and the first answers")
 
 
 def seconds(run, device, repeats):
@@ -701,38 +713,74 @@ def score_choices(model, tokenizer, objective, questions, cfg, world):
 
 
 def bench_compare(cfg):
-    """Each run is train.py and then `bench.py quality`, in processes of their own."""
+    """Each run is train.py (or distill.py) and then `bench.py quality`, in processes of their own."""
+    ways = [("cross-entropy", None)] + ([("distilled", cfg.distill)] if cfg.teacher else [])
+    trials = [trial_of(cfg, preset, arch, seed, words) for seed in range(1, cfg.seeds + 1) for preset in cfg.preset.split(",") for arch in cfg.archs.split(",") for _, words in ways]
+    rows = run_trials(cfg, trials)
+    groups = [(dict(preset=preset, arch=arch, trained=way), trial_of(cfg, preset, arch, None, words))
+              for preset in cfg.preset.split(",") for arch in cfg.archs.split(",") for way, words in ways]
+    report(cfg, rows, groups, "arch", ("preset", "trained"))
+    return rows
+
+
+def bench_distill(cfg):
+    """The paper's Figure 5: one thing is varied at a time."""
+    alphas, kls, sequences = cfg.alphas.split(","), cfg.kls.split(","), cfg.sequences.split(",")
+    middle = alphas[len(alphas) // 2]
+    points = [("alpha 0", cfg.preset, "--alpha=0")] * ("0" in alphas)
+    points += [(f"{kl}, alpha {alpha}", cfg.preset, f"--alpha={alpha} --kl={kl} --sequences={sequences[0]}") for kl in kls for alpha in alphas if alpha != "0"]
+    points += [(f"{other}'s answers", cfg.preset, f"--alpha={middle} --kl={kls[0]} --sequences={other}") for other in sequences[1:]]
+    points += [(size, size, f"--alpha={middle} --kl={kls[0]} --sequences={sequences[0]}") for size in cfg.sizes.split(",") if size]
+    points = [(name, preset, f"{words} {cfg.distill}".strip()) for name, preset, words in points]
+    rows = run_trials(cfg, [trial_of(cfg, preset, arch, seed, words) for seed in range(1, cfg.seeds + 1) for arch in cfg.archs.split(",") for _, preset, words in points])
+    groups = [(dict(point=name, arch=arch), trial_of(cfg, preset, arch, None, words)) for arch in cfg.archs.split(",") for name, preset, words in points]
+    report(cfg, rows, groups, "point", ("arch",))
+    return rows
+
+
+def trial_of(cfg, preset, arch, seed, words):
+    """What a row of the results file must agree with to be this run's; words None: train.py alone, else distill.py with them."""
+    budget = f"{cfg.max_minutes:g} min" if cfg.equal == "time" else f"{cfg.max_iters} steps, equal {cfg.equal}"
+    return dict(data=cfg.data, split=cfg.eval_split, preset=preset, arch=arch, budget=budget, train=cfg.train, teacher=None if words is None else cfg.teacher,
+                distill=words) | ({} if seed is None else dict(seed=seed))
+
+
+def matches(trial, row):
+    return all(row.get(key) == value for key, value in trial.items())
+
+
+def run_trials(cfg, trials):
+    """Runs those that are not in the results file yet, and returns the rows of all."""
     name = cfg.data.replace(":", "-").replace("/", "-")
     cfg.results = cfg.results or os.path.join("out", f"compare-{name}.jsonl")
     os.makedirs(os.path.dirname(cfg.results) or ".", exist_ok=True)
-    budget = f"{cfg.max_minutes:g} min" if cfg.equal == "time" else f"{cfg.max_iters} steps, equal {cfg.equal}"
-    trials = [dict(data=cfg.data, split=cfg.eval_split, preset=preset, arch=arch, seed=seed, budget=budget, train=cfg.train)
-              for seed in range(1, cfg.seeds + 1) for preset in cfg.preset.split(",") for arch in cfg.archs.split(",")]
     done, cut = read_results(cfg.results)
     for trial in tqdm(trials, desc="compare", unit="run"):
-        if not any(trial.items() <= row.items() for row in done):
+        if not any(matches(trial, row) for row in done):
             done.append(compare_run(cfg, trial, os.path.splitext(cfg.results)[0]))
             with open(cfg.results, "a", encoding="utf-8") as f:
                 f.write("\n" * cut + json.dumps(done[-1]) + "\n")
             cut = False
-    rows = [row for trial in trials for row in done if trial.items() <= row.items()]
-    metric = rows[0]["metric"]
-    summary = []
-    for preset in cfg.preset.split(","):
-        for arch in cfg.archs.split(","):
-            group = [row for row in rows if (row["preset"], row["arch"]) == (preset, arch)]
-            line = dict(preset=preset, arch=arch, runs=len(group))
-            for key in ("params_m", "train_s", "tokens_m", "steps"):
-                line[key] = round(statistics.mean(row[key] for row in group), 2)
-            for key in (metric, *[key for key in group[0] if key in ("exact", "rouge_l", "f1", "val_loss", "shuffled_loss") and key != metric]):
-                values = [row[key] for row in group]
-                line[key] = f"{statistics.mean(values):.2f} ± {statistics.stdev(values) if len(values) > 1 else 0:.2f}"
-            summary.append(line)
-    print(f"{cfg.data}, {cfg.eval_split}, {rows[0]['rows']} rows, {budget} a run; mean ± standard deviation over seeds")
-    table(summary, list(summary[0]))
+    return [row for trial in trials for row in done if matches(trial, row)]
+
+
+def report(cfg, rows, groups, across, series):
+    """Prints a line for each group (what it is called, what its rows agree with); the plot has a curve for each value of `series`."""
+    metric, lines, points = rows[0]["metric"], [], []
+    for name, trial in groups:
+        group = [row for row in rows if matches(trial, row)]
+        line = dict(name, runs=len(group))
+        for key in ("params_m", "train_s", "tokens_m", "steps"):
+            line[key] = round(statistics.mean(row[key] for row in group), 2)
+        for key in (metric, *[key for key in group[0] if key in ("exact", "rouge_l", "f1", "val_loss", "shuffled_loss") and key != metric]):
+            values = [row[key] for row in group]
+            line[key] = f"{statistics.mean(values):.2f} ± {statistics.stdev(values) if len(values) > 1 else 0:.2f}"
+        lines.append(line)
+        points.append((name[across], ", ".join(str(name[key]) for key in series), [row[metric] for row in group]))
+    print(f"{cfg.data}, {cfg.eval_split}, {rows[0]['rows']} rows, {trial['budget']} a run; mean ± standard deviation over seeds")
+    table(lines, list(lines[0]))
     if cfg.plot:
-        plot_compare(rows, metric, cfg)
-    return rows
+        plot_compare(points, metric, cfg)
 
 
 def read_results(path):
@@ -750,17 +798,20 @@ def read_results(path):
 
 def compare_run(cfg, trial, folder):
     """Trains and scores one run; the row of the results file."""
-    mark = hashlib.sha256(json.dumps([trial["budget"], trial["train"]]).encode()).hexdigest()[:4]
-    out = os.path.join(folder, f"{trial['preset']}-{trial['arch'].replace('/', '')}-{trial['seed']}-{mark}")
+    what = [trial["budget"], trial["train"]] + ([trial["teacher"], trial["distill"]] if trial["distill"] is not None else [])
+    mark = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:4]
+    short = trial["arch"].replace("/", "")
+    out = os.path.join(folder, f"{trial['preset']}-{short}-{trial['seed']}-{mark}")
     shutil.rmtree(out, ignore_errors=True)  # of a sweep that was cut off
     arch = ["--arch=dec"] if trial["arch"] == "dec" else ["--arch=encdec", f"--split={trial['arch']}"]
     common = [f"--device={cfg.device}", f"--threads={cfg.threads}"]
-    words = [*arch, f"--preset={trial['preset']}", f"--seed={trial['seed']}", f"--data={cfg.data}", "--objective=seq2seq", f"--out={out}", *common, *shlex.split(cfg.train)]
-    if cfg.equal == "time":
-        words.append(f"--max_minutes={cfg.max_minutes}")
+    more = shlex.split(cfg.train.replace("{arch}", short).replace("{seed}", str(trial["seed"])))
+    words = [*arch, f"--preset={trial['preset']}", f"--seed={trial['seed']}", f"--data={cfg.data}", "--objective=seq2seq", f"--out={out}", *common, *more]
+    words.append(f"--max_minutes={cfg.max_minutes}" if cfg.equal == "time" else f"--max_iters={equal_steps(cfg, words)}")
+    if trial["distill"] is None:
+        call([os.path.join(ROOT, "train.py"), *words])
     else:
-        words.append(f"--max_iters={equal_steps(cfg, words)}")
-    call([os.path.join(ROOT, "train.py"), *words])
+        call([os.path.join(ROOT, "distill.py"), *distill_words(words), f"--teacher={cfg.teacher}", *shlex.split(trial["distill"])])
     report = os.path.join(out, "quality.json")
     call([os.path.join(ROOT, "bench.py"), "quality", f"--run={out}", f"--eval_split={cfg.eval_split}", f"--json={report}", *common])
     with open(report, encoding="utf-8") as f:
@@ -771,7 +822,15 @@ def compare_run(cfg, trial, folder):
     scores = {key: value for key, value in scores.items() if key not in ("run", "data", "split", "seconds")}
     metric = next(key for key in scores if key != "rows")
     return trial | dict(metric=metric, params_m=round(model.num_params() / 1e6, 3), train_s=log[-1]["time_s"], tokens_m=log[-1]["tokens"] / 1e6,
-                        steps=log[-1]["step"], commit=commit()) | scores
+                        **({} if trial["distill"] is None else dict(teacher_s=round(read_record(out)["teacher_s"], 1))), steps=log[-1]["step"], commit=commit()) | scores
+
+
+def distill_words(words):
+    """Keys of train.py as distill.py has them: the vocabulary is the teacher's, and --student is a size or a run."""
+    given = {name: value or "true" for name, _, value in (word[2:].partition("=") for word in words)}
+    student = given.pop("init_from", given.pop("preset"))
+    given = {name: value for name, value in given.items() if name not in ("preset", "objective", "vocab_size", "tokenizer")}
+    return [f"--{name}={value}" for name, value in given.items()] + [f"--student={student}"]
 
 
 def equal_steps(cfg, words):
@@ -798,18 +857,18 @@ def commit():
     return done.stdout.strip() or None
 
 
-def plot_compare(rows, metric, cfg):
+def plot_compare(points, metric, cfg):
+    """points: (place on the axis, curve, values of its runs)."""
     plt = pyplot()
-    figure, axes = plt.subplots(figsize=(6, 4))
-    archs, presets = cfg.archs.split(","), cfg.preset.split(",")
-    for k, preset in enumerate(presets):
-        values = [[row[metric] for row in rows if (row["preset"], row["arch"]) == (preset, arch)] for arch in archs]
-        at = np.arange(len(archs)) + 0.15 * (k - (len(presets) - 1) / 2)
-        axes.errorbar(at, [np.mean(v) for v in values], [np.std(v, ddof=1) if len(v) > 1 else 0 for v in values], fmt="s", ms=6, capsize=4, label=preset)
-        for x, v in zip(at, values):
-            axes.plot([x] * len(v), v, "k.", ms=4, alpha=0.5)
-    axes.set_xticks(range(len(archs)), archs)
-    axes.set(ylabel=metric, xlabel="decoder-only, and the encoder's share of the layers", title=cfg.data)
+    places, curves = list(dict.fromkeys(place for place, _, _ in points)), list(dict.fromkeys(curve for _, curve, _ in points))
+    figure, axes = plt.subplots(figsize=(max(6, 1.1 * len(places)), 4))
+    for k, curve in enumerate(curves):
+        mine = [(places.index(place) + 0.15 * (k - (len(curves) - 1) / 2), values) for place, name, values in points if name == curve]
+        axes.errorbar([x for x, _ in mine], [np.mean(v) for _, v in mine], [np.std(v, ddof=1) if len(v) > 1 else 0 for _, v in mine], fmt="s", ms=6, capsize=4, label=curve)
+        for x, values in mine:
+            axes.plot([x] * len(values), values, "k.", ms=4, alpha=0.5)
+    axes.set_xticks(range(len(places)), [place.replace(", ", ",\n") for place in places])
+    axes.set(ylabel=metric, title=cfg.data)
     axes.legend()
     axes.grid(alpha=0.3)
     figure.tight_layout()
@@ -899,17 +958,41 @@ def check_compare(cfg):
     check_list(cfg, "archs", ARCHS)
     if (cfg.equal == "time") == (cfg.max_iters is not None):
         raise UserError("--equal=time takes --max_minutes; --equal=tokens and --equal=flops take --max_iters")
-    try:
-        shlex.split(cfg.train)
-    except ValueError as error:
-        raise UserError(f"--train={cfg.train}: {error}") from None
+    for name in ("train", "distill"):
+        try:
+            words = shlex.split(getattr(cfg, name))
+        except ValueError as error:
+            raise UserError(f"--{name}={getattr(cfg, name)}: {error}") from None
+        if not all(word.startswith("--") for word in words):
+            raise UserError(f"--{name}={getattr(cfg, name)}: write its keys as --key=value")
+    if cfg.distill and not cfg.teacher:
+        raise UserError(f"--distill={cfg.distill} needs a --teacher")
     check_plot(cfg)
     if cfg.seeds < 1:
         raise UserError(f"--seeds={cfg.seeds} must be at least 1")
 
 
+def check_distill(cfg):
+    check_compare(cfg)
+    check_list(cfg, "kls", ("reverse", "forward", "jsd"))
+    check_list(cfg, "sequences", ("data", "student", "teacher"))
+    if cfg.sizes:
+        check_list(cfg, "sizes", tuple(PRESETS))
+    if not cfg.teacher:
+        raise UserError("--teacher is missing: a run folder of train.py --arch=dec, or hf:FOLDER_OR_ID")
+    if "," in cfg.preset:
+        raise UserError(f"--preset={cfg.preset}: one size; the others go into --sizes")
+    try:
+        fine = all(0 <= float(alpha) <= 1 for alpha in cfg.alphas.split(","))
+    except ValueError:
+        fine = False
+    if not fine:
+        raise UserError(f"--alphas={cfg.alphas} must be numbers from 0 to 1, separated by commas")
+
+
 COMMANDS = {"train": (Train, check_train, bench_train), "speed": (Speed, check_speed, bench_speed), "flops": (Cost, check_cost, bench_flops),
-            "memory": (Cost, check_cost, bench_memory), "quality": (Quality, check_quality, bench_quality), "compare": (Compare, check_compare, bench_compare)}
+            "memory": (Cost, check_cost, bench_memory), "quality": (Quality, check_quality, bench_quality), "compare": (Compare, check_compare, bench_compare),
+            "distill": (Distill, check_distill, bench_distill)}
 
 
 def main():

@@ -495,9 +495,10 @@ class Transformer(nn.Module):
 
         prompts: lists of ids; the encoder's sources, or, decoder-only, the beginning of the text. prefix: lists of ids
         that the decoder's output starts with. temperature 0 is greedy; top_k 0 and top_p 1 keep every token. Row b
-        draws from its own generator, seeded with seed + b. A row gives what it gives alone, whatever the others are."""
+        draws from its own generator, seeded with seed + b, or with seed[b] if there is one a row. A row gives what it gives alone, whatever the others are."""
         cache, states = self.prefill(prompts, max_new_tokens, prefix)
-        rngs = [torch.Generator(states.device).manual_seed(seed + b) for b in range(len(prompts))]
+        seeds = range(seed, seed + len(prompts)) if isinstance(seed, int) else seed
+        rngs = [torch.Generator(states.device).manual_seed(row_seed) for row_seed in seeds]
         rows, ended = list(range(len(prompts))), set()  # which prompt each row of the cache belongs to
         for step in range(max_new_tokens):
             token = pick(self.logits(states[:, -1]), temperature, top_k, top_p, rngs)  # (rows,)
@@ -666,5 +667,6 @@ def pick(logits, temperature, top_k, top_p, rngs):
         ordered, order = logits.softmax(-1).sort(descending=True)
         drop = ordered.cumsum(-1) - ordered >= top_p  # what stands before it already holds top_p
         logits = logits.masked_fill(drop.scatter(1, order, drop), -torch.inf)
-    probs = logits.softmax(-1)
-    return torch.cat([probs[b].multinomial(1, generator=rng) for b, rng in enumerate(rngs)])
+    up_to = logits.softmax(-1).cumsum(-1)  # (B, V): of a word and all before it
+    u = torch.cat([torch.rand(1, generator=rng, device=logits.device) for rng in rngs])[:, None]
+    return torch.searchsorted(up_to, u.clamp(max=1 - 1e-6) * up_to[:, -1:], right=True)[:, 0]

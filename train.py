@@ -69,7 +69,7 @@ class Settings:
     max_tokens: int = setting(0, "stop tokenizing the training text here (a Hub corpus may be far larger); 0 is all of it")
     decontaminate: str = setting(None, "tasks, separated by commas: drop each training document that holds over half of one of their held-out "
                                  "sources or targets, by 8-grams")
-    tokenizer: str = setting("bpe", "bpe (trained on the data), gpt2, bytes, or the file or run folder of one")
+    tokenizer: str = setting("bpe", "bpe (trained on the data), gpt2, bytes, or the file or folder of one: a run's, or a Hugging Face model's")
     vocab_size: int = setting(None, "size of the trained vocabulary, special ids included; default: the preset's", type=int)
     src_len: int = setting(None, "source tokens a row; decoder-only rows hold src_len + tgt_len; default: the preset's", type=int)
     tgt_len: int = setting(None, "target tokens a row; default: the preset's", type=int)
@@ -212,6 +212,8 @@ def make_optimizers(model, cfg, dtype, log):
     """Routes every parameter by its name: the matrices inside the blocks to Muon, all else to AdamW; prints the table."""
     matrices, embeddings, vectors = [], [], []
     for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
         kind = vectors if p.ndim < 2 else embeddings if name.startswith(("embed", "head")) else matrices
         kind.append((name, p))
     device = next(model.parameters()).device
@@ -419,21 +421,27 @@ def catch_signals():
             signal.signal(number, handler)
 
 
-def run(model, batch_at, loss_of, evaluate, cfg, world, flops_per_token, best=None):
+def run(model, batch_at, loss_of, evaluate, cfg, world, flops_per_token, best=None, prepare=None, carry=None):
     """Trains `model` in cfg.out until cfg.max_iters, and returns the last evaluation.
 
     batch_at(step, rows) makes the rows with these global numbers: a pure function, on which resuming, accumulation and
     several processes rest; a batch is a tuple that ends with its number of real tokens. loss_of(model, batch) gives the
     summed loss of a batch and its number of target tokens; a step's loss is its sum over all micro-batches and processes
-    divided by all their target tokens. evaluate(step) returns a dict with val_loss. `best` names one of its metrics, the
+    divided by all their target tokens. A third value, {name: (sum, count)}, is what else the log should have the mean of.
+    evaluate(step) returns a dict with val_loss. `best` names one of its metrics, the
     higher the better: the weights that did best lie in best.safetensors, which is what `Transformer.load` prefers, and are
-    what is returned. Raises UserError when the loss or the gradient is not finite, or a checkpoint cannot be written."""
+    what is returned. Raises UserError when the loss or the gradient is not finite, or a checkpoint cannot be written.
+
+    prepare(step, batches) returns a step's batches with what only the weights of that moment can give (answers that the model
+    itself has written); `carry`, a dict of plain values, is what it keeps between steps: saved and resumed with the weights."""
     say = functools.partial(tqdm.write, file=sys.stderr) if world.rank == 0 else lambda text: None
     model.to(world.device)
     optimizers = make_optimizers(model, cfg, world.dtype, say)
-    state = dict(step=0, time_s=0.0, tokens=0, max_iters=cfg.max_iters, best=None, last=None)
+    state = dict(step=0, time_s=0.0, tokens=0, max_iters=cfg.max_iters, best=None, last=None, carry={})
+    carry = {} if carry is None else carry
     if cfg.init_from == "resume":
-        state = dict(best=None, last=None) | settle(cfg.out)
+        state = dict(best=None, last=None, carry={}) | settle(cfg.out)
+        carry.update(state["carry"])
         for optimizer, saved in zip(optimizers, state.pop("optimizers")):
             optimizer.load_state_dict(saved)
         cfg.max_iters = cfg.max_iters or state["max_iters"]
@@ -444,7 +452,7 @@ def run(model, batch_at, loss_of, evaluate, cfg, world, flops_per_token, best=No
         if isinstance(module, Block):
             module.dropout = cfg.dropout
     model.loss.label_smoothing, model.word_dropout = cfg.label_smoothing, cfg.word_dropout
-    if world.compile:
+    if world.compile and model.compiled_parts():
         say("compiling, a minute or so")
         for module in model.compiled_parts():
             module.compile(dynamic=cfg.objective == "seq2seq")  # whose batches all differ in their shapes ...
@@ -460,7 +468,7 @@ def run(model, batch_at, loss_of, evaluate, cfg, world, flops_per_token, best=No
         return [batch_at(step, np.arange(i * cfg.batch_size, (i + 1) * cfg.batch_size)) for i in first]
 
     def checkpoint(step):
-        state.update(step=step, max_iters=cfg.max_iters)
+        state.update(step=step, max_iters=cfg.max_iters, carry={key: value for part in world.gather(carry) for key, value in part.items()})
         if world.rank == 0:
             save(cfg.out, model, optimizers, state)
         if world.size > 1:
@@ -505,18 +513,24 @@ def run(model, batch_at, loss_of, evaluate, cfg, world, flops_per_token, best=No
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak_lr"] * share
             micro, coming = coming.result(), ahead.submit(batches, step + 1)
-            loss_sum, targets, seen = 0.0, 0, 0
+            micro = prepare(step, micro) if prepare else micro
+            loss_sum, targets, seen, parts = 0.0, 0, 0, {}
             torch.manual_seed((cfg.seed * 1_000_003 + step) * world.size + world.rank)  # dropout's draws, too, are the step's own
             for batch in micro:
                 with world.precision():
-                    loss, n = loss_of(model, batch)
+                    loss, n, *more = loss_of(model, batch)
                     loss.backward()
+                for name, (value, count) in (more[0].items() if more else ()):
+                    parts[name] = (parts.get(name, (0.0, 0))[0] + float(value), parts.get(name, (0.0, 0))[1] + count)
                 loss_sum, targets, seen = loss_sum + loss.detach(), targets + n, seen + batch[-1]
             loss_sum, targets, seen = world.sum(float(loss_sum), int(targets), seen)
+            sums = world.sum(*(number for name in sorted(parts) for number in parts[name]))
+            parts = {name: value / max(count, 1) for name, value, count in zip(sorted(parts), sums[::2], sums[1::2])}
             world.sum_gradients(params)
             loss = loss_sum / max(1, targets)
             grads = [p.grad for p in params if p.grad is not None]
-            torch._foreach_div_(grads, max(1.0, targets))
+            if grads:
+                torch._foreach_div_(grads, max(1.0, targets))
             norm = torch.nn.utils.clip_grad_norm_(params, cfg.grad_clip or math.inf)
             for what, value in (("loss", loss), ("norm of the gradient", norm.item())):
                 if not math.isfinite(value):  # before it reaches a weight
@@ -530,7 +544,7 @@ def run(model, batch_at, loss_of, evaluate, cfg, world, flops_per_token, best=No
             seconds = time.perf_counter() - start
 
             if log:
-                log.add(dict(step=step, time_s=state["time_s"], tokens=state["tokens"], lr=cfg.lr * share, loss=loss))
+                log.add(dict(step=step, time_s=state["time_s"], tokens=state["tokens"], lr=cfg.lr * share, loss=loss, **parts))
             step += 1
             state["time_s"] += seconds
             state["tokens"] += int(seen)
@@ -539,7 +553,8 @@ def run(model, batch_at, loss_of, evaluate, cfg, world, flops_per_token, best=No
             bar.update()
             timed.append(seconds)
             if cfg.max_iters is None and len(timed) >= TIMED[1]:
-                typical = float(np.mean(sorted(timed[TIMED[0]:])[:-2]))  # without two that may have compiled something
+                slow = 2 if prepare is None else 0  # may have compiled something; but what prepare does may be in rare steps alone
+                typical = float(np.mean(sorted(timed[TIMED[0]:])[:len(timed) - TIMED[0] - slow]))
                 left = cfg.max_minutes * 60 - state["time_s"]
                 fits = step + int(max(1, left / typical))
                 cfg.max_iters = world.agree(fits)
@@ -599,7 +614,7 @@ def held_out(model, tokens, objective, cfg, world):
         with world.precision():
             logits, _ = model(src, src_mask, tgt, loss_mask)
         nll = F.cross_entropy(logits.flatten(0, 1).float(), tgt.flatten(), reduction="none").view_as(tgt)
-        text = loss_mask & (tgt < tokenizer.n_text)
+        text = loss_mask & (tgt < tokenizer.n_text) & (tgt != tokenizer.eos)  # a foreign tokenizer's eos is among its text ids
         ids = tgt[text].cpu().numpy()
         nll, loss_mask, text = nll.cpu().double(), loss_mask.cpu(), text.cpu()
         sums += [nll[loss_mask].sum().item(), loss_mask.sum().item(), nll[text].sum().item(), len(ids), length[ids].sum()]
@@ -640,11 +655,16 @@ def load_run(cfg):
     """The settings of the run in --out, with what the command line may change on resuming: how long, where, how often."""
     if not cfg.out:
         raise UserError("--init_from=resume needs --out=FOLDER of the run")
-    old = read_record(cfg.out)
+    old, kind = read_record(cfg.out), type(cfg)
+    values = old["settings"] | old.get("distill", {})
+    if (kind is Settings) == ("distill" in old):
+        raise UserError(f"{cfg.out} is not a run of {os.path.basename(sys.argv[0])}: resume it with the script that began it, as {cfg.out}/run.json says")
     try:
-        settings = Settings(**old["settings"])
-    except TypeError as error:
-        raise UserError(f"{cfg.out}/run.json is of another version of train.py ({error}); {cfg.out}/source has that one") from None
+        settings = Settings(**values) if kind is Settings else kind(**{field.name: values[field.name] for field in fields(kind)})
+        for name in {field.name for field in fields(Settings)} - {field.name for field in fields(kind)}:  # no keys of the other script
+            setattr(settings, name, values[name])
+    except (TypeError, KeyError) as error:
+        raise UserError(f"{cfg.out}/run.json is of another version of this project ({error}); {cfg.out}/source has that one") from None
     if settings.tokenizer not in ("bpe", "gpt2", "bytes"):
         settings.tokenizer = cfg.out  # its copy: the file it came from may be gone
     free = {"init_from", "out", "patience", "max_iters", "eval_interval", "eval_rows", "device", "threads", "compile", "dtype"}
@@ -654,12 +674,30 @@ def load_run(cfg):
             raise UserError(f"--{name}={value} differs from the {getattr(settings, name)} that {cfg.out} was begun with; drop it, or "
                             f"begin a new run from its weights with --init_from={cfg.out}")
         setattr(settings, name, value)
-    return settings, old.get("corpus")
+    return settings
 
 
-class Pretraining:
+class Job:
+    """What `launch` asks of a kind of training beside its data: these are the plain answers."""
+    best = prepare = carry = None
+    what = "the data"  # of which `hash` tells whether it is still the same
+
+    def make_model(self):
+        return make_model(self.cfg, self.tokenizer)
+
+    def start(self, model):
+        """Called once, before the run folder is made: for work on the data that may take long."""
+
+    def about(self):
+        """More entries for run.json."""
+        return {}
+
+    def loss_of(self, model, batch):
+        return loss_of(model, batch)
+
+
+class Pretraining(Job):
     """Windows of a corpus, made into sources and targets by an objective."""
-    best = None
 
     def __init__(self, cfg, world, say):
         self.cfg, self.world = cfg, world
@@ -737,7 +775,7 @@ def evenly(n, k):
     return list(range(n)) if k == 0 or k >= n else np.linspace(0, n - 1, k).astype(int).tolist()
 
 
-class Finetuning:
+class Finetuning(Job):
     """The rows of a task, batched by length. Scratch or pretrained: the sources go to the encoder, or, decoder-only, before
     the target."""
 
@@ -745,7 +783,7 @@ class Finetuning:
         self.cfg, self.world = cfg, world
         self.task = load_task(cfg.data, cfg.source_col, cfg.target_col, cfg.skip_bad, say)
         rows = self.task.splits
-        self.tokenizer = train_pair_tokenizer(rows["train"], cfg.vocab_size) if cfg.tokenizer == "bpe" else load_tokenizer(cfg.tokenizer)
+        self.tokenizer = self.make_tokenizer(rows["train"])
         self.pairs = {split: Pairs(rows[split], self.tokenizer, cfg.src_len, cfg.tgt_len, cfg.arch == "dec") for split in ("train", "val")}
         digest = hashlib.sha256(json.dumps([rows["train"], rows["val"], self.tokenizer.hash()]).encode())
         self.hash, self.lengths = digest.hexdigest()[:12], self.pairs["train"].lengths.mean(0).round().astype(int)
@@ -758,16 +796,22 @@ class Finetuning:
         say(f"{len(self.order.plan(0)):,} steps an epoch; {self.order.padding():.1%} of the computed positions are padding")
         self.best = next(iter(score(self.task, ["x"], rows["val"][:1])))  # the task's own metric comes first
 
-    def batch_at(self, step, rows):
-        """The share of the step's rows that these numbers of 0 .. n_rows - 1 stand for."""
+    def make_tokenizer(self, rows):
+        return train_pair_tokenizer(rows, self.cfg.vocab_size) if self.cfg.tokenizer == "bpe" else load_tokenizer(self.cfg.tokenizer)
+
+    def share(self, step, rows):
+        """The row numbers that these numbers of 0 .. n_rows - 1 stand for at a step, and how many of them count."""
         chosen = self.order.rows(step)
         share = chosen[len(chosen) * rows[0] // self.n_rows:len(chosen) * (rows[-1] + 1) // self.n_rows]
         # At least two rows, the added ones without a loss: torch.compile makes code of its own for a size of 1, and there may be
         # fewer rows than forward passes.
-        rows = np.append(share, np.repeat(chosen[:1], max(0, 2 - len(share))))
+        return np.append(share, np.repeat(chosen[:1], max(0, 2 - len(share)))), len(share)
+
+    def batch_at(self, step, rows):
+        rows, real = self.share(step, rows)
         src, src_mask, tgt, loss_mask = self.pairs["train"].batch(rows)
-        loss_mask[len(share):] = False
-        return (*to_device((src, src_mask, tgt, loss_mask), self.world.device), int(self.pairs["train"].lengths[share].sum()))
+        loss_mask[real:] = False
+        return (*to_device((src, src_mask, tgt, loss_mask), self.world.device), int(self.pairs["train"].lengths[rows[:real]].sum()))
 
     def evaluate(self, model, step, say):
         model.eval()
@@ -787,79 +831,98 @@ class Finetuning:
                 f"{metrics['val_loss']:.3f}, with the sources shuffled among the rows {metrics['shuffled_loss']:.3f}")
 
 
-def main():
-    cfg = parse(Settings, __doc__)
-    if cfg.init_from == "resume":
-        cfg, corpus_hash = load_run(cfg)
-    elif cfg.init_from != "scratch":
-        parent, old = read_config(cfg.init_from), read_record(cfg.init_from)["settings"]
-        if (parent.n_enc > 0) != (cfg.arch == "encdec"):
-            raise UserError(f"--init_from={cfg.init_from} is a {'encdec' if parent.n_enc else 'dec'} run, not --arch={cfg.arch}")
-        for name in ("preset", "split", "n_enc", "n_dec", "n_embd", "n_head", "n_kv_head", "head_dim", "n_hidden"):
-            if name in given() and getattr(cfg, name) != old.get(name):
-                raise UserError(f"--{name}={getattr(cfg, name)} cannot be chosen with --init_from={cfg.init_from}, which has its sizes already")
-            setattr(cfg, name, old.get(name))  # the preset has the defaults of training, too
-        if cfg.cross_rope is None:
-            cfg.cross_rope = parent.cross_rope
-        if cfg.tokenizer == "bpe":
-            cfg.tokenizer = cfg.init_from
-        if cfg.objective != "seq2seq" and not is_task(cfg.data):  # the lengths of a task's rows have nothing to do with the run's
-            cfg.src_len = cfg.src_len or parent.src_len or parent.tgt_len * 4 // 5
-            cfg.tgt_len = cfg.tgt_len or (parent.tgt_len if parent.n_enc else parent.tgt_len - cfg.src_len)
-    cfg = resolve(cfg)
-    if cfg.tokenizer not in ("bpe", "gpt2"):
-        load_tokenizer(cfg.tokenizer)
-    world = World(cfg)
-    keep_memory()
-    say = functools.partial(print, file=sys.stderr) if world.rank == 0 else lambda text: None
+def adopt(cfg, key="init_from"):
+    """Takes over from the run in --init_from what its weights decide: sizes, vocabulary, and lengths for going on as before."""
+    parent, old = read_config(cfg.init_from), read_record(cfg.init_from)["settings"]
+    if "arch" not in given():
+        cfg.arch = "encdec" if parent.n_enc else "dec"
+    if (parent.n_enc > 0) != (cfg.arch == "encdec"):
+        raise UserError(f"--{key}={cfg.init_from} is a {'encdec' if parent.n_enc else 'dec'} run, not --arch={cfg.arch}")
+    for name in ("preset", "split", "n_enc", "n_dec", "n_embd", "n_head", "n_kv_head", "head_dim", "n_hidden"):
+        if name in given() and getattr(cfg, name) != old.get(name):
+            raise UserError(f"--{name}={getattr(cfg, name)} cannot be chosen with --{key}={cfg.init_from}, which has its sizes already")
+        setattr(cfg, name, old.get(name))  # the preset has the defaults of training, too
+    if cfg.cross_rope is None:
+        cfg.cross_rope = parent.cross_rope
+    if cfg.tokenizer in (None, "bpe"):
+        cfg.tokenizer = cfg.init_from
+    if cfg.objective != "seq2seq" and not is_task(cfg.data):  # the lengths of a task's rows have nothing to do with the run's
+        cfg.src_len = cfg.src_len or parent.src_len or parent.tgt_len * 4 // 5
+        cfg.tgt_len = cfg.tgt_len or (parent.tgt_len if parent.n_enc else parent.tgt_len - cfg.src_len)
 
-    if world.size > 1 and world.rank > 0:
-        dist.barrier()  # the first process tokenizes
-    job = (Finetuning if cfg.objective == "seq2seq" else Pretraining)(cfg, world, say)
-    if world.size > 1 and world.rank == 0:
-        dist.barrier()
-    tokenizer = job.tokenizer
 
-    torch.manual_seed(cfg.seed)
+def make_model(cfg, tokenizer):
+    """The Transformer that --init_from asks for: a new one, or the weights of a run, or of the run that is resumed."""
     if cfg.init_from == "resume":
-        if job.hash != corpus_hash:
-            raise UserError(f"the data has changed since {cfg.out} was begun (or lies on another machine): it cannot be resumed exactly")
-        if world.rank == 0:
-            settle(cfg.out)  # before the others look at the files
-        world.agree(None)
-        model = Transformer.load(cfg.out, "model.safetensors")
-    elif cfg.init_from != "scratch":
+        return Transformer.load(cfg.out, "model.safetensors")
+    if cfg.init_from != "scratch":
         model = Transformer.load(cfg.init_from)
         if load_tokenizer(cfg.init_from).hash() != tokenizer.hash():
             raise UserError(f"--tokenizer={cfg.tokenizer} is not the one that {cfg.init_from} was trained with: leave it out")
         lengths = dict(src_len=cfg.src_len, tgt_len=cfg.tgt_len) if cfg.arch == "encdec" else dict(tgt_len=cfg.src_len + cfg.tgt_len)
         model.config = replace(model.config, cross_rope=cfg.cross_rope, **lengths)
-    else:
-        chosen = {name: getattr(cfg, name) for name in ("n_embd", "n_head", "n_kv_head", "head_dim", "n_hidden", "cross_rope")}
-        chosen = {name: value for name, value in chosen.items() if value is not None}
-        model = Transformer(make_config(cfg.preset, cfg.arch, cfg.split, cfg.n_enc, cfg.n_dec, cfg.src_len, cfg.tgt_len,
-                                        vocab_size=tokenizer.vocab_size, pad_id=tokenizer.pad, bos_id=tokenizer.bos,
-                                        eos_id=tokenizer.eos, **chosen))
-    model.to(world.device)
+        return model
+    chosen = {name: getattr(cfg, name) for name in ("n_embd", "n_head", "n_kv_head", "head_dim", "n_hidden", "cross_rope")}
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    return Transformer(make_config(cfg.preset, cfg.arch, cfg.split, cfg.n_enc, cfg.n_dec, cfg.src_len, cfg.tgt_len,
+                                   vocab_size=tokenizer.vocab_size, pad_id=tokenizer.pad, bos_id=tokenizer.bos,
+                                   eos_id=tokenizer.eos, **chosen))
+
+
+def launch(cfg, make_job, name):
+    """From settings to a finished run: the job (data, loss, evaluation), its model, the run folder, the loop. `name` is that of
+    a new folder in out/."""
+    world = World(cfg)
+    keep_memory()
+    say = functools.partial(print, file=sys.stderr) if world.rank == 0 else lambda text: None
+    if world.size > 1 and world.rank > 0:
+        dist.barrier()  # the first process tokenizes
+    job = make_job(cfg, world, say)
+    if world.size > 1 and world.rank == 0:
+        dist.barrier()
+
+    torch.manual_seed(cfg.seed)
+    if cfg.init_from == "resume":
+        if job.hash != read_record(cfg.out).get("corpus"):
+            raise UserError(f"{job.what} has changed since {cfg.out} was begun (or lies on another machine): it cannot be resumed exactly")
+        if world.rank == 0:
+            settle(cfg.out)  # before the others look at the files
+        world.agree(None)
+    model = job.make_model().to(world.device)
 
     if cfg.init_from != "resume":
-        data = os.path.splitext(os.path.basename(cfg.data.rstrip("/")))[0]
-        name = cfg.out or os.path.join("out", f"{cfg.arch}-{cfg.preset}-{data}")
-        cfg.out = world.agree(free_folder(name, chosen=cfg.out is not None) if world.rank == 0 else None)
+        cfg.out = world.agree(free_folder(cfg.out or os.path.join("out", name), chosen=cfg.out is not None) if world.rank == 0 else None)
+    job.start(model)
+    if cfg.init_from != "resume":
         if world.rank == 0:
             os.makedirs(cfg.out, exist_ok=True)
-            record(cfg.out, asdict(cfg), dict(torch=torch.__version__, numpy=np.__version__), corpus=job.hash)
-            tokenizer.save(cfg.out)
+            settings = {field.name: getattr(cfg, field.name) for field in fields(Settings)}
+            record(cfg.out, settings, dict(torch=torch.__version__, numpy=np.__version__), corpus=job.hash, **job.about())
+            job.tokenizer.save(cfg.out)
 
     def evaluate(step):
         return job.evaluate(model, step, functools.partial(tqdm.write, file=sys.stderr) if world.rank == 0 else lambda text: None)
 
     flops = model.flops(*job.lengths) / sum(job.lengths)
-    metrics = run(model, job.batch_at, loss_of, evaluate, cfg, world, flops, job.best)
+    metrics = run(model, job.batch_at, job.loss_of, evaluate, cfg, world, flops, job.best, job.prepare, job.carry)
     say(job.summary(metrics))
-    say(f"see {os.path.join(cfg.out, 'loss.png')}, and talk to it: python sample.py --run={cfg.out}")
     if world.size > 1:
         dist.destroy_process_group()
+
+
+def main():
+    cfg = parse(Settings, __doc__)
+    if cfg.init_from == "resume":
+        cfg = load_run(cfg)
+    elif cfg.init_from != "scratch":
+        adopt(cfg)
+    cfg = resolve(cfg)
+    if cfg.tokenizer not in ("bpe", "gpt2"):
+        load_tokenizer(cfg.tokenizer)
+    data = os.path.splitext(os.path.basename(cfg.data.rstrip("/")))[0]
+    launch(cfg, Finetuning if cfg.objective == "seq2seq" else Pretraining, f"{cfg.arch}-{cfg.preset}-{data}")
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"see {os.path.join(cfg.out, 'loss.png')}, and talk to it: python sample.py --run={cfg.out}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Rows of source and target as batches: tokenized once, batched by length. Needs no torch."""
 import functools
+import threading
 
 import numpy as np
 
@@ -23,7 +24,7 @@ class Pairs:
     def __init__(self, rows, tokenizer, src_len, tgt_len, decoder_only):
         self.tokenizer, self.decoder_only = tokenizer, decoder_only
         sources, targets = (tokenizer.encode_batch([row[side] for row in rows]) for side in ("source", "target"))
-        room = src_len - 1 - decoder_only  # for the end and the separator
+        self.room = room = src_len - 1 - decoder_only  # for the end and the separator
         if room < 1 or tgt_len < 2:
             raise UserError(f"--src_len={src_len} --tgt_len={tgt_len} leave no room for a source and a target")
         self.cut = dict(source=sum(len(ids) > room for ids in sources), target=sum(len(ids) > tgt_len - 1 for ids in targets))
@@ -44,10 +45,11 @@ class Pairs:
         ids = self.sources[row].tolist()
         return ids + [self.tokenizer.sep] if self.decoder_only else ids
 
-    def batch(self, rows, sources_of=None):
-        """(src, src_mask, tgt, loss_mask) of these rows; with sources_of, each target beside the source of that row."""
+    def batch(self, rows, sources_of=None, targets=None):
+        """(src, src_mask, tgt, loss_mask) of these rows; with sources_of, each target beside the source of that row; with `targets`
+        (lists of ids), those in the place of the rows' own."""
         sources = [self.sources[i] for i in (rows if sources_of is None else sources_of)]
-        targets = [self.targets[i] for i in rows]
+        targets = targets or [self.targets[i] for i in rows]
         if self.decoder_only:
             return join(sources, targets, self.tokenizer)
         src, src_mask = pad_rows(sources, max(map(len, sources)), self.tokenizer.pad)
@@ -69,6 +71,7 @@ class ByLength:
         self.pairs, self.budget, self.seed = pairs, budget, seed
         self.plan = functools.lru_cache(maxsize=2)(self.make_plan)
         self.ends = [0]  # steps before each epoch, as far as was asked
+        self.lock = threading.Lock()  # the loop asks ahead, in a thread
 
     def make_plan(self, epoch):
         rng = np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 1, 0, epoch]))  # no pretraining row's counter
@@ -94,11 +97,12 @@ class ByLength:
 
     def rows(self, step):
         """Row numbers of a step."""
-        epoch = int(np.searchsorted(self.ends, step, side="right")) - 1
-        while epoch == len(self.ends) - 1:
-            self.ends.append(self.ends[-1] + len(self.plan(epoch)))
-            epoch += step >= self.ends[-1]
-        return self.plan(epoch)[step - self.ends[epoch]]
+        with self.lock:
+            epoch = int(np.searchsorted(self.ends, step, side="right")) - 1
+            while epoch == len(self.ends) - 1:
+                self.ends.append(self.ends[-1] + len(self.plan(epoch)))
+                epoch += step >= self.ends[-1]
+            return self.plan(epoch)[step - self.ends[epoch]]
 
     def padding(self):
         """Share of the computed positions that are padding, over the first epoch."""

@@ -89,6 +89,9 @@ class Log:
         import matplotlib.pyplot as plt
         figure, axes = plt.subplots(figsize=(7, 4))
         axes.plot(*zip(*[(r["step"], r["loss"]) for r in self.rows if "loss" in r]), lw=0.8, alpha=0.6, label="training")
+        for name, label in (("cross_entropy", "its cross-entropy"), ("divergence", "its divergence from the teacher")):  # of distill.py
+            if any(name in r for r in self.rows):
+                axes.plot(*zip(*[(r["step"], r[name]) for r in self.rows if name in r]), lw=0.8, alpha=0.6, label=label)
         axes.plot(*zip(*[(r["step"], r["val_loss"]) for r in self.rows if "val_loss" in r]), "o-", ms=3, label="held out")
         axes.set(xlabel="step", ylabel="loss, nats a target token")
         axes.grid(alpha=0.3)

@@ -141,6 +141,29 @@ def test_compare_skips_what_is_there(tmp_path, monkeypatch, capsys):
     assert calls == [("dec", 1), ("2/3", 1), ("dec", 2), ("dec", 2), ("2/3", 2)] and os.path.getsize("plot.png")
 
 
+def test_distilled_rows_stand_beside_the_others(tmp_path, monkeypatch, capsys):
+    """compare with a teacher, and the sweep of distill: what was run before is found again, under whichever of them."""
+    path, calls = copy_task(tmp_path), []
+    with open("rows.jsonl", "w") as f:  # of a time before there were teachers
+        f.write(json.dumps(dict(data=path, split="val", preset="nano", arch="2/3", budget="4 min", train="", seed=1, metric="f1", params_m=1.0, train_s=1.0, tokens_m=1.0,
+                                steps=1, rows=3, f1=1.0)) + "\n")
+
+    def fake(cfg, trial, folder):
+        calls.append((trial["preset"], trial["arch"], trial["distill"]))
+        return trial | dict(metric="f1", params_m=1.0, train_s=1.0, tokens_m=1.0, steps=1, rows=3, f1=10.0 * len(calls))
+    monkeypatch.setattr(bench, "compare_run", fake)
+    common = [f"--data={path}", "--archs=2/3", "--seeds=1", "--results=rows.jsonl", "--plot=plot.png", "--teacher=T"]
+    status, out, err = call(bench.main, ["compare", *common, "--distill=--alpha=0.5 --kl=reverse --sequences=data"], monkeypatch, capsys)
+    assert status == 0 and "1.00 ± 0.00" in out and "distilled" in out and calls == [("nano", "2/3", "--alpha=0.5 --kl=reverse --sequences=data")], err
+    status, out, err = call(bench.main, ["distill", *common], monkeypatch, capsys)
+    assert status == 0 and "student's answers" in out, err
+    assert [(preset, words) for preset, _, words in calls[1:]] == [
+        ("nano", "--alpha=0"), ("nano", "--alpha=1 --kl=reverse --sequences=data"), ("nano", "--alpha=0.5 --kl=forward --sequences=data"),
+        ("nano", "--alpha=1 --kl=forward --sequences=data"), ("nano", "--alpha=0.5 --kl=reverse --sequences=student"),
+        ("nano", "--alpha=0.5 --kl=reverse --sequences=teacher"), ("mini", "--alpha=0.5 --kl=reverse --sequences=data")]
+    assert bench.distill_words(["--preset=nano", "--init_from=r", "--objective=seq2seq", "--vocab_size=9", "--seed=1"]) == ["--seed=1", "--student=r"]
+
+
 @pytest.mark.slow
 def test_compare_really_runs(tmp_path, monkeypatch, capsys):
     keys = " ".join(key for key in TINY_ENC if not key.startswith(("--arch", "--device", "--n_enc", "--n_dec", "--n_hidden"))) + " --objective=seq2seq"
@@ -156,7 +179,7 @@ def test_compare_really_runs(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("argv, says", [(["--archs=enc"], "--archs=enc"), (["--preset=huge"], "--preset=huge"), (["--seeds=0"], "--seeds"),
-                                        (["--equal=tokens"], "--max_iters"), (["--max_iters=5"], "--max_minutes")])
+                                        (["--equal=tokens"], "--max_iters"), (["--max_iters=5"], "--max_minutes"), (["--distill=--tau=2"], "--teacher")])
 def test_compare_bad_input(argv, says, monkeypatch, capsys):
     status, _, err = call(bench.main, ["compare", *argv], monkeypatch, capsys)
     assert status == 2 and says in one_line(err)
