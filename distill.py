@@ -136,10 +136,11 @@ def divergence(student, teacher, kl, beta=0.5):
     return (beta * teacher.exp() * (teacher - m) + (1 - beta) * student.exp() * (student - m)).sum(-1)
 
 
-def with_rest(logp, ids):
-    """Log-probabilities (N, K) of these ids (N, K) and, in a last column, of all other ids together: (N, K + 1)."""
-    rest = logp.scatter(1, ids, -torch.inf).logsumexp(1, keepdim=True)
-    return torch.cat((logp.gather(1, ids), rest.clamp(min=-40)), dim=1)
+def with_rest(logits, ids):
+    """Log-probabilities (N, K) of these ids (N, K) and, in a last column, of all other ids together, at least 1e-6: (N, K + 1)."""
+    every, these = logits.logsumexp(1, keepdim=True), logits.gather(1, ids)
+    share = (these.logsumexp(1, keepdim=True) - every).clamp(max=-1e-6)
+    return torch.cat((these - every, (-share.expm1()).log()), dim=1)
 
 
 CHUNK = 2 ** 24  # logits that exist at a time: 64 MB in float32
@@ -482,9 +483,9 @@ class Distillation(Finetuning):
                 some_answers = [pairs.targets[row].tolist() for row in some]
             read, parts = self.teacher.read(prompts, some_answers), []
             for piece in read.split(max(1, CHUNK // self.teacher.n_ids)):
-                logp = (self.teacher.head(piece).float() / cfg.tau).log_softmax(-1)
-                ids = logp.topk(min(cfg.top, logp.size(1) - 1)).indices
-                parts.append((ids.cpu().numpy(), with_rest(logp, ids).cpu().numpy()))
+                logits = self.teacher.head(piece).float() / cfg.tau
+                ids = logits.topk(min(cfg.top, logits.size(1) - 1)).indices
+                parts.append((ids.cpu().numpy(), with_rest(logits, ids).cpu().numpy()))
             ids, logp = (np.concatenate(side) for side in zip(*parts))
             ends = np.cumsum([len(answer) for answer in some_answers])
             for row, answer, i, p in zip(some, some_answers, np.split(ids, ends[:-1]), np.split(logp, ends[:-1])):
@@ -551,61 +552,67 @@ class Distillation(Finetuning):
         cfg = self.cfg
         src, src_mask, tgt, mask = batch.references
         encoded = model.encode(src, src_mask) if model.config.n_enc else None
-        words, n = model.config.vocab_size, int(mask.sum())
+        n = int(mask.sum())
 
         def states(tgt, mask):
             return model.decode(shift_right(tgt, model.config.bos_id), encoded, src_mask)[mask]  # (N, C)
 
-        loss, log, at_references = model.embed.weight[0, 0] * 0, {}, None
-        if cfg.alpha < 1 or batch.answers is None:
-            at_references = states(tgt, mask)
-        if cfg.alpha < 1:
-            cross = in_chunks(functools.partial(self.cross_entropy, model), words, at_references, tgt[mask])
-            loss, log["cross_entropy"] = loss + (1 - cfg.alpha) * cross, (cross.detach(), n)
-        if cfg.alpha > 0:
-            divergence, m = self.divergence_of(model, batch, states, at_references)
-            loss, log["divergence"] = loss + cfg.alpha * cfg.tau ** 2 * batch.scale * divergence, (divergence.detach() if m else 0.0, m)
-        if self.writing:
-            log["writing_s"], self.writing = (self.writing, 1), 0.0
+        loss, log = model.embed.weight[0, 0] * 0, {}
+        references = [(self.cross_entropy, [tgt[mask]])] if cfg.alpha < 1 else []
+        taught, at_answers, m = self.taught(batch, states) if cfg.alpha > 0 else ([], None, 0)
+        if batch.answers is None:  # both losses are on the references: their logits are needed once
+            found = self.sums(model, states(tgt, mask), *references, *taught)
+        else:
+            found = [*(self.sums(model, states(tgt, mask), *references) if references else []), *(self.sums(model, at_answers, *taught) if m else [])]
+        if references:
+            loss, log["cross_entropy"] = loss + (1 - cfg.alpha) * found[0], (found[0].detach(), n)
+        if cfg.alpha > 0:  # every process logs the same names
+            log["divergence"] = (found[-1].detach(), m) if m else (0.0, 0)
+            loss = loss + cfg.alpha * cfg.tau ** 2 * batch.scale * found[-1] if m else loss
+        if cfg.alpha > 0 and cfg.sequences == "student":
+            log["writing_s"], self.writing = (self.writing, self.writing > 0), 0.0
         return loss, n, log
 
-    def divergence_of(self, model, batch, states, at_references):
-        """The summed divergence on this batch's answers, and their number of tokens. States are the model's at the answers' tokens, row after row; so
-        is what the teacher gives: that is the alignment."""
+    def taught(self, batch, states):
+        """The divergence on this batch's answers as a term for `sums`; the student's states at their tokens (None where they are the references'); how many
+        those are. States stand row after row, and so does what the teacher gives: that is the alignment."""
         pairs, device, rows = self.pairs["train"], self.world.device, batch.rows
-        if batch.answers is None:
-            answers, at_answers = [pairs.targets[row] for row in rows], at_references
-        else:
+        answers, at_answers = [pairs.targets[row] for row in rows], None
+        if batch.answers is not None:
             # As many rows as the references, of which the sources are already read: those without an answer, and filler, have no loss.
-            n_filler = len(batch.references[3]) - len(rows)
-            tgt, mask = pairs.batch([*rows, *[0] * n_filler], targets=[answer or [self.tokenizer.eos] for answer in [*batch.answers, *[None] * n_filler]])[2:]
-            mask[[answer is None for answer in [*batch.answers, *[None] * n_filler]]] = False
+            padded = [*batch.answers, *[None] * (len(batch.references[3]) - len(rows))]
+            tgt, mask = pairs.batch([*rows, *[0] * (len(padded) - len(rows))], targets=[answer or [self.tokenizer.eos] for answer in padded])[2:]
+            mask[[answer is None for answer in padded]] = False
             rows, answers = [row for row, answer in zip(rows, batch.answers) if answer], [answer for answer in batch.answers if answer]
             at_answers = states(*to_device((tgt, mask), device)) if answers else None
         if not len(answers):
-            return 0.0, 0
-        words = model.config.vocab_size
+            return [], None, 0
+        m = sum(map(len, answers))
         if self.kept:
-            return in_chunks(functools.partial(self.divergence_from_kept, model), words, at_answers, *to_device(self.kept.rows(rows), device)), len(at_answers)
+            return [(self.divergence_from_kept, to_device(self.kept.rows(rows), device))], at_answers, m
         with torch.no_grad(), torch.autocast(device.type, enabled=False):  # it has its own precision
-            read = self.teacher.read([self.prompts[row] for row in rows], answers)
-        return in_chunks(functools.partial(self.divergence_from_read, model), words + self.teacher.n_ids, at_answers, read), len(at_answers)
+            return [(self.divergence_from_read, [self.teacher.read([self.prompts[row] for row in rows], answers)])], at_answers, m
 
-    def cross_entropy(self, model, states, targets):
-        smoothing = self.cfg.label_smoothing if model.training else 0.0
-        return F.cross_entropy(model.logits(states).float(), targets, reduction="sum", label_smoothing=smoothing)
+    def sums(self, model, states, *terms):
+        """Sums of `terms`, functions of the logits at states (N, C) and of their own tensors (N, ...), computed in chunks."""
+        def chunk(states, *tensors):
+            logits, tensors = model.logits(states).float(), iter(tensors)
+            return torch.stack([function(logits, *(next(tensors) for _ in own)) for function, own in terms])
+        return in_chunks(chunk, 2 * model.config.vocab_size, states, *(tensor for _, own in terms for tensor in own))
 
-    def divergence_from_read(self, model, states, read):
+    def cross_entropy(self, logits, targets):
+        return F.cross_entropy(logits, targets, reduction="sum", label_smoothing=self.cfg.label_smoothing if self.model.training else 0.0)
+
+    def divergence_from_read(self, logits, read):
         """With the teacher's whole distribution, over the ids that both have."""
         with torch.no_grad():
             teacher = (self.teacher.head(read).float() / self.cfg.tau).log_softmax(-1)
-        student = (model.logits(states)[:, :teacher.size(1)].float() / self.cfg.tau).log_softmax(-1)
+        student = (logits[:, :teacher.size(1)] / self.cfg.tau).log_softmax(-1)
         return divergence(student, teacher, self.cfg.kl, self.cfg.beta).sum()
 
-    def divergence_from_kept(self, model, states, ids, logp):
+    def divergence_from_kept(self, logits, ids, logp):
         """With the teacher's likeliest ids and, as one more outcome, all others together."""
-        student = (model.logits(states)[:, :self.teacher.n_ids].float() / self.cfg.tau).log_softmax(-1)
-        return divergence(with_rest(student, ids), logp, self.cfg.kl, self.cfg.beta).sum()
+        return divergence(with_rest(logits[:, :self.teacher.n_ids] / self.cfg.tau, ids), logp, self.cfg.kl, self.cfg.beta).sum()
 
     def summary(self, metrics):
         return super().summary(metrics) + (f"; {self.carry['skipped']:,} answers were empty and skipped" if self.carry["skipped"] else "")
