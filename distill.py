@@ -757,7 +757,7 @@ def plan(cfg):
     passes = (cfg.alpha < 1) + (cfg.alpha > 0 and (cfg.sequences != "data" or cfg.alpha == 1))
     activations = c.n_enc * S * layer + passes * c.n_dec * (decoded * (layer + (cross if c.n_enc else 0)) + (S * 4 * shared if c.n_enc else 0))
     caches = 4 * 2 * c.n_dec * shared * (S + T) if cfg.alpha and cfg.sequences == "student" else 0
-    return {"teacher's weights, bf16": 2 * weights, "teacher's largest activations and logits": rows * (2 * (S + T) * (4 * width + 3 * hidden) + 2 * (T + 1) * words),
+    return {"teacher's weights, bf16": 2 * weights, "teacher's largest activations": rows * 2 * (S + T) * (4 * width + 3 * hidden),
             "student's weights, gradients, momentum in float32, weights in bf16": 14 * n + 4 * c.vocab_size * c.n_embd, f"student's activations, {rows} rows of {S} + {T}": rows * activations,
             "student's caches while it writes": rows * cfg.refresh * caches, "logits of a chunk and what the divergence makes of them": 8 * 4 * CHUNK}
 

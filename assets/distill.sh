@@ -14,3 +14,23 @@ run out/dec-mini-pycode-full --arch=dec --preset=mini --data=pycode-full --token
     --max_iters=1700 --eval_interval=425 --eval_rows=64 --compile=true "$@"
 run out/teacher-docstring --arch=dec --init_from=out/dec-mini-pycode-full --data=docstring-full --batch_size=8 --lr=3e-3 --embed_lr=2e-3 --max_iters=450 --eval_interval=150 \
     --eval_rows=145 --compile=true "$@"
+
+# In the same minutes: decoder-only and 2/3, each with cross-entropy alone and distilled.
+compare() { $python bench.py compare --archs=dec,2/3 --max_minutes=3.5 --seeds=3 --distill='--alpha=0.5 --kl=forward --sequences=data' "$@"; }
+compare --data=docstring --teacher=out/teacher-docstring --eval_split=test --results=assets/compare-docstring.jsonl --train='--tokenizer=out/encdec-nano-pycode' "$@"
+compare --data=$codexglue --teacher=out/teacher-codexglue --results=assets/compare-codexglue.jsonl --train='--vocab_size=4096 --tgt_len=512 --batch_size=5 --eval_interval=250' "$@"
+
+# The ablation.
+$python bench.py distill --data=$codexglue --teacher=out/teacher-codexglue --kls=forward,reverse --max_minutes=2 --results=assets/distill-codexglue.jsonl \
+    --plot=assets/distill-codexglue.png --train='--vocab_size=4096 --tgt_len=512 --batch_size=5 --eval_interval=250' "$@"
+
+# What an on-policy step costs: the share of `writing_s` in out/step/log.jsonl.
+[ -e out/rows.jsonl ] || $python - > out/rows.jsonl <<'X'
+import glob, json, sysconfig
+text = "".join(open(f, encoding="utf-8", errors="ignore").read() for f in sorted(glob.glob(sysconfig.get_paths()["stdlib"] + "/*.py")))
+for i in range(0, 2000 * 1600, 1600):
+    print(json.dumps(dict(source=text[i:i + 1200], target=text[i + 1200:i + 1600])))
+X
+shape="--data=out/rows.jsonl --src_len=256 --tgt_len=64 --batch_size=32 --eval_rows=8"
+run out/step-teacher --arch=dec --preset=small --objective=seq2seq $shape --max_iters=1 "$@"
+[ -e out/step ] || $python distill.py --student=small --teacher=out/step-teacher $shape --max_iters=10 --compile=true --out=out/step "$@"
