@@ -164,7 +164,7 @@ def in_chunks(function, n_words, *tensors):
 
 class OwnTeacher:
     """A decoder-only run of train.py, fine-tuned on the task: it reads source, end, separator, answer."""
-    batch_rows = 128  # where it writes and reads in advance
+    write_rows, read_rows = 128, 32  # at a time, where it does so in advance
 
     def __init__(self, folder, world):
         self.model = Transformer.load(folder, device=world.device, dtype=world.dtype).eval().requires_grad_(False)
@@ -199,7 +199,7 @@ class OwnTeacher:
 
 class ForeignTeacher:
     """A causal language model of `transformers`, or a LoRA adapter of one, merged: it reads its prompt template, then the answer."""
-    batch_rows = 16
+    write_rows, read_rows = 16, 8
 
     def __init__(self, name, template, world):
         transformers, folder, self.where = optional("transformers"), name, f"--teacher=hf:{name}"
@@ -340,6 +340,10 @@ def load_teacher(cfg, world):
 # ---------------------------------------------------------------------------------------------------------------------
 # What is kept on disk: answers that never change, and what the teacher expects at their positions
 
+def in_groups(rows, size):
+    return np.array_split(rows, -(-len(rows) // size))
+
+
 class Kept:
     """A folder with, for every training row, an answer (the teacher's own, or the reference) and the teacher's log-probabilities of its
     `top` likeliest ids at each position, and of all others together. Made in parts, so that a run that is cut off goes on there."""
@@ -473,23 +477,21 @@ class Distillation(Finetuning):
         rows = np.arange(part * Kept.PART, min((part + 1) * Kept.PART, len(pairs)))
         rows = rows[np.argsort([len(self.prompts[row]) for row in rows], kind="stable")]
         answers, found = {}, {}
-        for some in np.array_split(rows, -(-len(rows) // self.teacher.batch_rows)):
-            prompts = [self.prompts[row] for row in some]
+        for some in in_groups(rows, self.teacher.write_rows):
             if cfg.sequences == "teacher":
                 limits = [self.limit(row) for row in some]
-                some_answers = self.teacher.write(prompts, max(limits), cfg.temperature, seed=int(some[0]) * 1000)
-                some_answers = [answer[:limit] for answer, limit in zip(some_answers, limits)]
+                written = self.teacher.write([self.prompts[row] for row in some], max(limits), cfg.temperature, seed=int(some[0]) * 1000)
+                answers |= {row: answer[:limit] for row, answer, limit in zip(some, written, limits)}
             else:
-                some_answers = [pairs.targets[row].tolist() for row in some]
-            read, parts = self.teacher.read(prompts, some_answers), []
+                answers |= {row: pairs.targets[row].tolist() for row in some}
+        for some in in_groups(rows, self.teacher.read_rows):
+            read, parts = self.teacher.read([self.prompts[row] for row in some], [answers[row] for row in some]), []
             for piece in read.split(max(1, CHUNK // self.teacher.n_ids)):
                 logits = self.teacher.head(piece).float() / cfg.tau
                 ids = logits.topk(min(cfg.top, logits.size(1) - 1)).indices
                 parts.append((ids.cpu().numpy(), with_rest(logits, ids).cpu().numpy()))
-            ids, logp = (np.concatenate(side) for side in zip(*parts))
-            ends = np.cumsum([len(answer) for answer in some_answers])
-            for row, answer, i, p in zip(some, some_answers, np.split(ids, ends[:-1]), np.split(logp, ends[:-1])):
-                answers[row], found[row] = answer, (i, p)
+            ends = np.cumsum([len(answers[row]) for row in some])[:-1]
+            found |= dict(zip(some, zip(*(np.split(np.concatenate(side), ends) for side in zip(*parts)))))
         order = sorted(answers)
         self.kept.add(part, [answers[row] for row in order], *(np.concatenate([found[row][k] for row in order]) for k in (0, 1)))
 

@@ -245,7 +245,7 @@ def copy_task(tmp_path):
 @pytest.mark.parametrize("base", [TINY_ENC, TINY_DEC])
 def test_learns_to_translate_letters(base, tmp_path, monkeypatch, capsys):
     """Real training to near certainty, for both architectures; the best weights are kept, and the source matters."""
-    argv = [*base, f"--data={copy_task(tmp_path)}", "--objective=seq2seq", "--batch_size=16", "--max_iters=300", "--eval_interval=150", "--lr=1e-2", "--embed_lr=1e-2",
+    argv = [*base, f"--data={copy_task(tmp_path)}", "--objective=seq2seq", "--batch_size=16", "--max_iters=220", "--eval_interval=110", "--lr=1e-2", "--embed_lr=1e-2",
             "--out=run", "--seed=1", "--n_embd=64", "--n_head=4", "--n_kv_head=4", "--eval_rows=0"]
     status, _, err = call(train.main, argv, monkeypatch, capsys)
     assert status == 0, err
