@@ -565,7 +565,7 @@ class Distillation(Finetuning):
         if batch.answers is None:  # both losses are on the references: their logits are needed once
             found = self.sums(model, states(tgt, mask), *references, *taught)
         else:
-            found = [*(self.sums(model, states(tgt, mask), *references) if references else []), *(self.sums(model, at_answers, *taught) if m else [])]
+            found = [*(self.sums(model, states(tgt, mask), *references) if references else []), *self.sums(model, at_answers, *taught)]
         if references:
             loss, log["cross_entropy"] = loss + (1 - cfg.alpha) * found[0], (found[0].detach(), n)
         if cfg.alpha > 0:  # every process logs the same names
@@ -597,6 +597,9 @@ class Distillation(Finetuning):
 
     def sums(self, model, states, *terms):
         """Sums of `terms`, functions of the logits at states (N, C) and of their own tensors (N, ...), computed in chunks."""
+        if not terms:
+            return []
+
         def chunk(states, *tensors):
             logits, tensors = model.logits(states).float(), iter(tensors)
             return torch.stack([function(logits, *(next(tensors) for _ in own)) for function, own in terms])
