@@ -350,7 +350,7 @@ class Kept:
     PART = 512  # rows
 
     def __init__(self, folder, about, n_rows):
-        self.folder, self.about, self.n_rows = folder, about, n_rows
+        self.folder, self.n_rows = folder, n_rows
         os.makedirs(folder, exist_ok=True)
         path = os.path.join(folder, "about.json")
         if os.path.exists(path):
@@ -404,6 +404,8 @@ class Distillation(Finetuning):
         self.cfg, self.world, self.say, self.kept = cfg, world, say, None
         self.carry, self.writing, self.making = dict(skipped=0), 0.0, 0.0  # answers by (step, row); seconds
         super().__init__(cfg, world, say)
+        if cfg.alpha == 0 or cfg.sequences == "data":
+            self.prepare = None  # no answers beside the references
         if not self.teacher:
             return
         self.check_ids()
@@ -432,7 +434,6 @@ class Distillation(Finetuning):
         if mine.ranks[:n] != theirs.ranks[:n] or any(mine.ranks[n:] + theirs.ranks[n:]) or mine.eos != theirs.eos:
             raise UserError(f"--teacher={self.cfg.teacher} has another vocabulary than the student, or another end of sequence: train the student with "
                             "--tokenizer=FOLDER_OF_THE_TEACHER")
-
         if n < theirs.n_text:  # `transformers` gives some tokenizers special ids that their files do not have
             self.teacher.n_ids = n
 
@@ -480,8 +481,8 @@ class Distillation(Finetuning):
         for some in in_groups(rows, self.teacher.write_rows):
             if cfg.sequences == "teacher":
                 limits = [self.limit(row) for row in some]
-                written = self.teacher.write([self.prompts[row] for row in some], max(limits), cfg.temperature, seed=int(some[0]) * 1000)
-                answers |= {row: answer[:limit] for row, answer, limit in zip(some, written, limits)}
+                drafts = self.teacher.write([self.prompts[row] for row in some], max(limits), cfg.temperature, seed=int(some[0]) * 1000)
+                answers |= {row: answer[:limit] for row, answer, limit in zip(some, drafts, limits)}
             else:
                 answers |= {row: pairs.targets[row].tolist() for row in some}
         for some in in_groups(rows, self.teacher.read_rows):
@@ -511,8 +512,6 @@ class Distillation(Finetuning):
 
     def prepare(self, step, batches):
         """Puts the student's answers into a step's batches, and the weight that makes both losses means over their own positions."""
-        if self.cfg.alpha == 0 or self.cfg.sequences == "data":
-            return batches
         if self.cfg.sequences == "student":
             batches = self.student_answers(step, batches)
         answers = [answer for batch in batches for answer in batch.answers]
@@ -641,7 +640,7 @@ class Adapter(nn.Module):
 
     def __init__(self, model):
         super().__init__()
-        self.model, self.loss, self.word_dropout = model, SummedLoss(), 0.0
+        self.model, self.loss = model, SummedLoss()
 
     def trained(self):
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
