@@ -44,10 +44,12 @@ from data.choices import is_choice, load_choices
 from data.cli import UserError, parse, script, setting
 from data.corpus import prepare
 from data.exported import Exported
+from data.images import read_vision
 from data.metrics import score
 from data.objectives import Objective, pad_rows
 from data.pairs import Pairs
 from data.runs import ROOT, newest_run, read_record
+from data.picture_tasks import PicturePairs, is_picture_task, load_picture_task
 from data.tasks import is_task, load_task
 from data.tokenizer import load_tokenizer
 from model import PRESETS, Config, Transformer, count_params, make_config
@@ -621,9 +623,14 @@ def bench_quality(cfg):
         raise UserError(f"--eval_split={cfg.eval_split}: text has only its held-out part, val")
     settings.device, settings.dtype, settings.threads, settings.eval_rows = cfg.device, cfg.dtype, cfg.threads, cfg.eval_rows
     world = World(settings)
-    model, tokenizer = Transformer.load(cfg.run, device=world.device).eval(), load_tokenizer(cfg.run)
+    vision = read_vision(cfg.run)
+    if vision:
+        from vision import VisionLM
+    model, tokenizer = (VisionLM if vision else Transformer).load(cfg.run, device=world.device).eval(), load_tokenizer(cfg.run)
     start = time.perf_counter()
-    if is_choice(data):
+    if vision:
+        found = score_task(model, tokenizer, load_picture_task(data, cfg.skip_bad or settings.skip_bad), settings, cfg, world, vision)
+    elif is_choice(data):
         found = score_choices(model, tokenizer, settings.objective, load_choices(data, cfg.eval_split), cfg, world)
     elif settings.objective != "seq2seq":
         corpus = prepare(data, cfg.run, text_col=settings.text_col, max_tokens=1, log=lambda text: None)  # only the held-out part is read
@@ -644,13 +651,17 @@ def bench_quality(cfg):
     return [row]
 
 
-def score_task(model, tokenizer, task, settings, cfg, world):
-    """Metrics, loss and loss with shuffled sources on held-out rows; writes the answers."""
+def score_task(model, tokenizer, task, settings, cfg, world, vision=None):
+    """Metrics, loss and loss with shuffled sources on held-out rows; writes the answers. With pictures, `blank` is the first metric where each is grey."""
     rows = task.splits.get(cfg.eval_split)
     if not rows:
         raise UserError(f"--eval_split={cfg.eval_split}: {task.name} has no such rows; it has {', '.join(task.splits)}")
     rows = [rows[i] for i in evenly(len(rows), cfg.eval_rows)]
-    pairs = Pairs(rows, tokenizer, settings.src_len, settings.tgt_len, settings.arch == "dec")
+    if vision:
+        pairs = PicturePairs(rows, tokenizer, settings.src_len, settings.tgt_len, settings.arch == "dec", vision, cfg.skip_bad)
+        rows = pairs.rows
+    else:
+        pairs = Pairs(rows, tokenizer, settings.src_len, settings.tgt_len, settings.arch == "dec")
     every = list(range(len(rows)))
     texts = answers(model, pairs, every, settings.tgt_len, cfg.batch_size, world)
     path = cfg.out or os.path.join(cfg.run, "predictions.jsonl")
@@ -659,7 +670,11 @@ def score_task(model, tokenizer, task, settings, cfg, world):
             f.write(json.dumps(dict(user_input=row.get("question", row["source"]), response=text, reference=row["target"],
                                     retrieved_contexts=[row.get("context", row["source"])]), ensure_ascii=False) + "\n")
     print(f"{len(rows)} answers in {path}; {pairs.describe()}")
-    return dict(rows=len(rows), **score(task, texts, rows), **pair_losses(model, pairs, every, 32, world))
+    found = dict(rows=len(rows), **score(task, texts, rows), **pair_losses(model, pairs, every, 32, world))
+    if vision:
+        pairs.blank = True
+        found["blank"] = next(iter(score(task, answers(model, pairs, every, settings.tgt_len, cfg.batch_size, world), rows).values()))
+    return found
 
 
 @torch.no_grad()
@@ -772,7 +787,7 @@ def report(cfg, rows, groups, across, series):
         line = dict(name, runs=len(group))
         for key in ("params_m", "train_s", "tokens_m", "steps"):
             line[key] = round(statistics.mean(row[key] for row in group), 2)
-        for key in (metric, *[key for key in group[0] if key in ("exact", "rouge_l", "f1", "val_loss", "shuffled_loss") and key != metric]):
+        for key in (metric, *[key for key in group[0] if key in ("exact", "rouge_l", "f1", "val_loss", "shuffled_loss", "blank") and key != metric]):
             values = [row[key] for row in group]
             line[key] = f"{statistics.mean(values):.2f} ± {statistics.stdev(values) if len(values) > 1 else 0:.2f}"
         lines.append(line)
@@ -806,10 +821,11 @@ def compare_run(cfg, trial, folder):
     arch = ["--arch=dec"] if trial["arch"] == "dec" else ["--arch=encdec", f"--split={trial['arch']}"]
     common = [f"--device={cfg.device}", f"--threads={cfg.threads}"]
     more = shlex.split(cfg.train.replace("{arch}", short).replace("{seed}", str(trial["seed"])))
-    words = [*arch, f"--preset={trial['preset']}", f"--seed={trial['seed']}", f"--data={cfg.data}", "--objective=seq2seq", f"--out={out}", *common, *more]
+    seeing = is_picture_task(cfg.data)
+    words = [*arch, f"--preset={trial['preset']}", f"--seed={trial['seed']}", f"--data={cfg.data}", *([] if seeing else ["--objective=seq2seq"]), f"--out={out}", *common, *more]
     words.append(f"--max_minutes={cfg.max_minutes}" if cfg.equal == "time" else f"--max_iters={equal_steps(cfg, words)}")
     if trial["distill"] is None:
-        call([os.path.join(ROOT, "train.py"), *words])
+        call([os.path.join(ROOT, "vision.py" if seeing else "train.py"), *words])
     else:
         call([os.path.join(ROOT, "distill.py"), *distill_words(words), f"--teacher={cfg.teacher}", *shlex.split(trial["distill"])])
     report = os.path.join(out, "quality.json")
@@ -818,10 +834,12 @@ def compare_run(cfg, trial, folder):
         scores = json.load(f)["rows"][0]
     with open(os.path.join(out, "log.jsonl"), encoding="utf-8") as f:
         log = [json.loads(line) for line in f]
-    model = Transformer.load(out)
+    with open(os.path.join(out, "model.safetensors"), "rb") as f:
+        header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
+    params = sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
     scores = {key: value for key, value in scores.items() if key not in ("run", "data", "split", "seconds")}
     metric = next(key for key in scores if key != "rows")
-    return trial | dict(metric=metric, params_m=round(model.num_params() / 1e6, 3), train_s=log[-1]["time_s"], tokens_m=log[-1]["tokens"] / 1e6,
+    return trial | dict(metric=metric, params_m=round(params / 1e6, 3), train_s=log[-1]["time_s"], tokens_m=log[-1]["tokens"] / 1e6,
                         **({} if trial["distill"] is None else dict(teacher_s=round(read_record(out)["teacher_s"], 1))), steps=log[-1]["step"], commit=commit()) | scores
 
 
@@ -835,6 +853,8 @@ def distill_words(words):
 
 def equal_steps(cfg, words):
     """Steps that see the rows, or cost the FLOPs, of cfg.max_iters steps of the decoder-only model of the same preset."""
+    if is_picture_task(cfg.data):
+        raise UserError(f"--equal={cfg.equal} counts what texts cost; with pictures runs have the same time, --max_minutes")
     def step_cost(words):
         settings = resolve(parse(TrainSettings, "", words))
         job = Finetuning(settings, World(settings), lambda text: None)

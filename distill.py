@@ -5,6 +5,7 @@
     python distill.py --teacher=hf:FOLDER_OR_ID --student=330m --data=squad      a causal language model that `transformers` loads
     python distill.py --teacher=hf:FOLDER_OR_ID --data=squad --finetune_teacher  first: LoRA on the task; writes an adapter to --out,
                                                                           which the next call takes as --teacher=hf:ADAPTER
+    python distill.py --teacher=RUN --student=RUN --data=charts           runs of vision.py, or a teacher hf: of images and text: questions about pictures
     python distill.py --init_from=resume --out=out/NAME                   goes on where a run stopped
 
 The paper's section 3.2 (Algorithm 1), after GKD (Agarwal et al., 2024). Source x and reference y* come from the task. y is what the
@@ -45,11 +46,15 @@ import data.corpus
 import train
 from data.cli import UserError, given, parse, script, setting
 from data.metrics import score
+from data.images import read_vision
 from data.objectives import pad_rows, uniforms
+from data.pairs import IMAGE
+from data.picture_tasks import PicturePairs, is_picture_task, load as load_image
 from data.runs import read_record, write_json
 from data.tokenizer import FILE, load_tokenizer
 from model import PRESETS, SummedLoss, Transformer, count_params, make_config, read_config, read_metadata, shift_right
 from train import Finetuning, adopt, evenly, launch, load_run, resolve, to_device
+from vision import Seeing, VisionLM
 
 
 @dataclass
@@ -74,6 +79,7 @@ class Settings(train.Settings):
     plan: bool = setting(False, "print the memory that a step takes, from shapes alone, and stop; the teacher's folder needs no weights")
     init_from: str = setting("scratch", "resume: go on with the run in --out", ("scratch", "resume"))
     tokenizer: str = setting(None, "default: the teacher's, or the student run's, which must agree")
+    own: ClassVar = "distill"
     preset: ClassVar = None  # --student says it
     objective: ClassVar = "seq2seq"
     noise: ClassVar = 0.15
@@ -158,16 +164,20 @@ def in_chunks(function, n_words, *tensors):
 # ---------------------------------------------------------------------------------------------------------------------
 # Teachers. Each has: tokenizer; n_ids, how many of its ids are real; identity, which tells it from others; n_params; and
 #   prompts(texts, pairs)        what it reads before an answer, for rows of a task: arrays of ids; shown(ids) is one for people
+#   look(rows, pairs)            what it is given of the pictures of these rows, by keyword: for `read` and `write`
 #   read(prompts, answers)       what `head` turns into logits, one row for every token of every answer, in order: (N, ...)
 #   head(read)                   logits (N, n_ids) of each of those tokens, given all before it
 #   write(prompts, n, ...)       answers of at most n tokens: lists of ids
 
 class OwnTeacher:
     """A decoder-only run of train.py, fine-tuned on the task: it reads source, end, separator, answer."""
-    write_rows, read_rows = 128, 32  # at a time, where it does so in advance
+    write_rows, read_rows = 128, 32  # at a time, where it does so in advance ...
+    step_rows = None                 # ... and within a step: None is all of the step's
 
-    def __init__(self, folder, world):
-        self.model = Transformer.load(folder, device=world.device, dtype=world.dtype).eval().requires_grad_(False)
+    def __init__(self, folder, world, seeing=False):
+        if seeing and read_vision(folder) is None:
+            raise UserError(f"--teacher={folder} is a run without pictures: python vision.py --arch=dec trains one with")
+        self.model = (VisionLM if seeing else Transformer).load(folder, device=world.device, dtype=world.dtype).eval().requires_grad_(False)
         if self.model.config.n_enc:
             raise UserError(f"--teacher={folder} is an encoder-decoder: a teacher is decoder-only")
         if read_record(folder)["settings"]["objective"] != "seq2seq":
@@ -179,27 +189,33 @@ class OwnTeacher:
         self.identity = read_metadata(best if os.path.exists(best) else os.path.join(folder, "model.safetensors")).get("crc32")
 
     def prompts(self, texts, pairs):
+        if isinstance(pairs, PicturePairs):  # it has a tower and tiles of its own
+            room = self.model.config.tgt_len - pairs.tgt_len
+            pairs = self.pairs = PicturePairs(pairs.rows, self.tokenizer, room, pairs.tgt_len, False, self.model.vision)
         return [np.append(source, self.tokenizer.sep) for source in pairs.sources]
+
+    def look(self, rows, pairs):
+        return self.pairs.shown(self.model, rows) if isinstance(pairs, PicturePairs) else {}
 
     def shown(self, ids):
         return self.tokenizer.show(ids)
 
-    def read(self, prompts, answers):
+    def read(self, prompts, answers, images=None):
         ids, real = pad_rows([np.concatenate(pair) for pair in zip(prompts, answers)], max(len(p) + len(a) for p, a in zip(prompts, answers)), self.tokenizer.pad)
         answer = real & (np.arange(ids.shape[1]) >= np.array([[len(prompt)] for prompt in prompts]))
         ids, answer = to_device((ids, answer), self.model.embed.weight.device)
-        return self.model.decode(shift_right(ids, self.tokenizer.bos))[answer]
+        return self.model.decode(shift_right(ids, self.tokenizer.bos), **self.model.decoder_sees(images, None, ids))[answer]
 
     def head(self, states):
         return self.model.logits(states)
 
-    def write(self, prompts, n, temperature, seed):
-        return written(self.model, [prompt.tolist() for prompt in prompts], n, temperature, seed)
+    def write(self, prompts, n, temperature, seed, images=None):
+        return written(self.model, [prompt.tolist() for prompt in prompts], n, temperature, seed, images)
 
 
 class ForeignTeacher:
     """A causal language model of `transformers`, or a LoRA adapter of one, merged: it reads its prompt template, then the answer."""
-    write_rows, read_rows = 16, 8
+    write_rows, read_rows, step_rows = 16, 8, None
 
     def __init__(self, name, template, world):
         transformers, folder, self.where = optional("transformers"), name, f"--teacher=hf:{name}"
@@ -238,6 +254,9 @@ class ForeignTeacher:
 
     def shown(self, ids):
         return self.text.decode(ids)
+
+    def look(self, rows, pairs):
+        return {}
 
     def prompts(self, texts, pairs):
         """What is longer than the student reads is cut at the same place."""
@@ -278,9 +297,75 @@ class ForeignTeacher:
         return [row[:row.index(self.tokenizer.eos) + 1] if self.tokenizer.eos in row else row for row in found[:, S:].tolist()]
 
 
-def written(model, prompts, n, temperature, seed):
+class ForeignSeeingTeacher:
+    """A model of `transformers` that reads images and text (Phi-3-Vision in the paper, section 4.3; LLaVA, Qwen-VL and others). Its own processor prepares a row, and it
+    reads one row at a time: how rows of several pictures are padded together differs from model to model."""
+    write_rows, read_rows, step_rows = 1, 1, 1
+
+    def __init__(self, name, template, world):
+        transformers, self.where = optional("transformers"), f"--teacher=hf:{name}"
+        transformers.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        if (name.count("/") > 1 or name[0] in "./~") and not os.path.isdir(name):
+            raise UserError(f"{self.where}: no such folder")
+        with explained(self.where):
+            self.processor = transformers.AutoProcessor.from_pretrained(name)
+            self.model = transformers.AutoModelForImageTextToText.from_pretrained(name, dtype=world.dtype).to(world.device)
+            self.model.generation_config = transformers.GenerationConfig()
+        self.model.eval().requires_grad_(False)
+        self.device, self.text = world.device, self.processor.tokenizer
+        self.tokenizer = load_tokenizer(tokenizer_file(self.text))
+        self.n_params = sum(p.numel() for p in self.model.parameters())
+        self.n_ids = min(self.tokenizer.n_text, self.model.get_output_embeddings().weight.size(0))
+        if self.tokenizer.eos >= self.n_ids:
+            raise UserError(f"{self.where}: its tokenizer has no end of sequence (eos_token), so that its answers would not end")
+        self.template = (template or ("chat" if getattr(self.processor, "chat_template", None) else "{source}\n")).replace("\\n", "\n")
+        files = sorted(glob.glob(os.path.join(name, "*.safetensors")))
+        self.identity = [self.template, name if not files else "", *(f"{os.path.basename(path)}:{file_crc(path):08x}" for path in files)]
+
+    def shown(self, ids):
+        return self.text.decode(ids)
+
+    def prompts(self, texts, pairs):
+        """The ids of each row's prompt, for people and for the lengths; `look` makes what is read."""
+        return [np.array(self.text(text)["input_ids"], dtype=np.int64) for text in map(self.filled, texts)]
+
+    def filled(self, text):
+        if self.template != "chat":
+            return self.template.replace("{source}", text.replace(IMAGE, getattr(self.processor, "image_token", IMAGE)))
+        parts = text.split(IMAGE)
+        content = [part for k, words in enumerate(parts) for part in ([dict(type="image")] * (k > 0) + [dict(type="text", text=words)] * bool(words))]
+        return self.processor.apply_chat_template([dict(role="user", content=content)], add_generation_prompt=True, tokenize=False)
+
+    def look(self, rows, pairs):
+        [row] = rows
+        images = [load_image(ref, f"picture {k + 1} of row {row + 1}") for k, ref in enumerate(pairs.rows[row]["images"])]
+        inputs = self.processor(text=self.filled(pairs.rows[row]["source"]), images=images or None, return_tensors="pt").to(self.device)
+        return dict(inputs={name: value.to(self.model.dtype) if value.is_floating_point() else value for name, value in inputs.items()})
+
+    def read(self, prompts, answers, inputs):
+        [answer] = answers
+        ids = torch.cat((inputs["input_ids"], torch.tensor([list(answer)], device=self.device)), dim=1)
+        more = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
+        for name in ("token_type_ids", "mm_token_type_ids"):  # an answer is text
+            if name in more:
+                more[name] = F.pad(more[name], (0, len(answer)))
+        return self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **more).logits[0, -len(answer) - 1:-1]
+
+    def head(self, logits):
+        return logits[:, :self.n_ids]
+
+    def write(self, prompts, n, temperature, seed, inputs):
+        torch.manual_seed(seed if isinstance(seed, int) else seed[0])
+        drawn = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature else dict(do_sample=False)
+        found = self.model.generate(**inputs, max_new_tokens=n, pad_token_id=self.tokenizer.eos, eos_token_id=self.tokenizer.eos, **drawn)
+        row = found[0, inputs["input_ids"].size(1):].tolist()
+        return [row[:row.index(self.tokenizer.eos) + 1] if self.tokenizer.eos in row else row]
+
+
+def written(model, prompts, n, temperature, seed, images=None):
     """Answers of a Transformer, with the end-of-sequence of those that ended: lists of ids."""
-    steps = list(model.generate(prompts, n, temperature, seed=seed))
+    steps = list(model.generate(prompts, n, temperature, seed=seed, images=images))
     answers = [[step[b] for step in steps if step[b] is not None] for b in range(len(prompts))]
     return [answer + [model.config.eos_id] * (len(answer) < n) for answer in answers]
 
@@ -328,13 +413,14 @@ def file_crc(path):
 
 
 def load_teacher(cfg, world):
+    seeing = is_picture_task(cfg.data)
     if cfg.teacher.startswith("hf:"):
-        return ForeignTeacher(cfg.teacher[3:], cfg.template, world)
+        return (ForeignSeeingTeacher if seeing else ForeignTeacher)(cfg.teacher[3:], cfg.template, world)
     with contextlib.suppress(OSError, ValueError):
         with open(os.path.join(cfg.teacher, "config.json"), encoding="utf-8") as f:
             if "model_type" in json.load(f):
                 raise UserError(f"--teacher={cfg.teacher} looks like a model of Hugging Face: --teacher=hf:{cfg.teacher}")
-    return OwnTeacher(cfg.teacher, world)
+    return OwnTeacher(cfg.teacher, world, seeing)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -410,7 +496,7 @@ class Distillation(Finetuning):
             return
         self.check_ids()
         self.hash = hashlib.sha256(json.dumps([self.hash, self.teacher.identity]).encode()).hexdigest()[:12]
-        self.prompts = self.teacher.prompts([row["source"] for row in self.task.splits["train"]], self.pairs["train"])
+        self.prompts = self.teacher.prompts([row["source"] for row in self.pairs["train"].rows], self.pairs["train"])
         if cfg.alpha and cfg.sequences != "student" and cfg.top:
             self.kept = self.open_kept()
         shown = self.teacher.shown(self.prompts[0])
@@ -425,7 +511,7 @@ class Distillation(Finetuning):
     def check_ids(self):
         """Student and teacher must split every text into the same ids, and end an answer with the same one."""
         mine, theirs = self.tokenizer, self.teacher.tokenizer
-        for row in self.task.splits["train"][:200]:
+        for row in self.pairs["train"].rows[:200]:
             for text in (row["source"], row["target"]):
                 if mine.encode(text) != theirs.encode(text):
                     raise UserError(f"--teacher={self.cfg.teacher} splits text into other ids than the student (the first training row that differs begins {text[:40]!r}): "
@@ -481,12 +567,12 @@ class Distillation(Finetuning):
         for some in in_groups(rows, self.teacher.write_rows):
             if cfg.sequences == "teacher":
                 limits = [self.limit(row) for row in some]
-                drafts = self.teacher.write([self.prompts[row] for row in some], max(limits), cfg.temperature, seed=int(some[0]) * 1000)
+                drafts = self.teacher.write([self.prompts[row] for row in some], max(limits), cfg.temperature, seed=int(some[0]) * 1000, **self.teacher.look(some, pairs))
                 answers |= {row: answer[:limit] for row, answer, limit in zip(some, drafts, limits)}
             else:
                 answers |= {row: pairs.targets[row].tolist() for row in some}
         for some in in_groups(rows, self.teacher.read_rows):
-            read, parts = self.teacher.read([self.prompts[row] for row in some], [answers[row] for row in some]), []
+            read, parts = self.teacher.read([self.prompts[row] for row in some], [answers[row] for row in some], **self.teacher.look(some, pairs)), []
             for piece in read.split(max(1, CHUNK // self.teacher.n_ids)):
                 logits = self.teacher.head(piece).float() / cfg.tau
                 ids = logits.topk(min(cfg.top, logits.size(1) - 1)).indices
@@ -504,7 +590,10 @@ class Distillation(Finetuning):
         if self.cfg.alpha and self.cfg.sequences == "teacher":
             answers = [self.usable(self.kept.answers[row].tolist()) for row in chosen[:real]]
         tokens = int(self.pairs["train"].lengths[chosen[:real]].sum())
-        return Batch(to_device(references, self.world.device), chosen[:real], rows, answers, 1.0, tokens)
+        return Batch(to_device(references, self.world.device), chosen[:real], rows, answers, 1.0, self.pictures(chosen), tokens)
+
+    def pictures(self, rows):
+        return None
 
     def usable(self, answer):
         """An answer with a text, or None: what is empty or all padding is skipped and counted."""
@@ -543,7 +632,8 @@ class Distillation(Finetuning):
             for some in (drawn[i:i + 128] for i in range(0, len(drawn), 128)):
                 limits = [self.limit(row) for _, row in some]
                 seeds = [((cfg.seed * 1_000_003 + step) * 1_000_003 + row) % 2 ** 63 for step, row in some]
-                for place, limit, answer in zip(some, limits, written(self.model, [pairs.prompt(row) for _, row in some], max(limits), cfg.temperature, seeds)):
+                sees = pairs.shown(self.model, [row for _, row in some])
+                for place, limit, answer in zip(some, limits, written(self.model, [pairs.prompt(row) for _, row in some], max(limits), cfg.temperature, seeds, **sees)):
                     end = next((t for t, id in enumerate(answer) if id >= self.teacher.n_ids or id == self.tokenizer.pad), limit)
                     self.carry[place] = self.usable(answer[:min(end, limit)])
         self.model.train()
@@ -552,11 +642,12 @@ class Distillation(Finetuning):
         """alpha tau^2 D + (1 - alpha) cross-entropy, summed, and the number of targets of the references; for the log, both by themselves."""
         cfg = self.cfg
         src, src_mask, tgt, mask = batch.references
-        encoded = model.encode(src, src_mask) if model.config.n_enc else None
+        images = model.see(batch.pictures)[0] if batch.pictures else None
+        encoded = model.encode(src, src_mask, images) if model.config.n_enc else None
         n = int(mask.sum())
 
         def states(tgt, mask):
-            return model.decode(shift_right(tgt, model.config.bos_id), encoded, src_mask)[mask]  # (N, C)
+            return model.decode(shift_right(tgt, model.config.bos_id), encoded, src_mask, **model.decoder_sees(images, src, tgt))[mask]  # (N, C)
 
         loss, log = model.embed.weight[0, 0] * 0, {}
         references = [(self.cross_entropy, [tgt[mask]])] if cfg.alpha < 1 else []
@@ -592,7 +683,9 @@ class Distillation(Finetuning):
         if self.kept:
             return [(self.divergence_from_kept, to_device(self.kept.rows(rows), device))], at_answers, m
         with torch.no_grad(), torch.autocast(device.type, enabled=False):  # it has its own precision
-            return [(self.divergence_from_read, [self.teacher.read([self.prompts[row] for row in rows], answers)])], at_answers, m
+            groups, size = range(0, len(rows), self.teacher.step_rows or len(rows)), self.teacher.step_rows or len(rows)
+            read = [self.teacher.read([self.prompts[row] for row in rows[i:i + size]], answers[i:i + size], **self.teacher.look(rows[i:i + size], pairs)) for i in groups]
+            return [(self.divergence_from_read, [torch.cat(read)])], at_answers, m
 
     def sums(self, model, states, *terms):
         """Sums of `terms`, functions of the logits at states (N, C) and of their own tensors (N, ...), computed in chunks."""
@@ -622,6 +715,24 @@ class Distillation(Finetuning):
         return super().summary(metrics) + (f"; {self.carry['skipped']:,} answers were empty and skipped" if self.carry["skipped"] else "")
 
 
+class SeeingDistillation(Distillation):
+    """The same with pictures: the student is a run of vision.py, which says how it sees them."""
+    load_task, make_pairs = Seeing.load_task, Seeing.make_pairs
+
+    def __init__(self, cfg, world, say):
+        self.vision = read_vision(cfg.out if cfg.init_from == "resume" else cfg.init_from)
+        super().__init__(cfg, world, say)
+
+    def make_model(self):
+        model = VisionLM.load(*((self.cfg.out, "model.safetensors") if self.cfg.init_from == "resume" else (self.cfg.init_from,)))
+        for name, p in model.named_parameters():
+            p.requires_grad_(not (name.startswith("tower") and self.vision.from_file))
+        return model
+
+    def pictures(self, rows):
+        return self.pairs["train"].pictures(rows)
+
+
 class Batch(NamedTuple):
     """Some of a step's rows. The loop wants the number of tokens last."""
     references: list      # (src, src_mask, tgt, loss_mask), as the model takes them; it may have filler rows without a loss at its end
@@ -629,6 +740,7 @@ class Batch(NamedTuple):
     numbers: np.ndarray   # what they were asked for as: numbers in the global batch
     answers: list | None  # lists of ids, what the divergence is taken on, None for one that is skipped; None: the references
     scale: float          # targets of the references over tokens of the answers, of the whole step
+    pictures: list | None  # of all rows of the references
     tokens: int
 
 
@@ -782,6 +894,14 @@ def main():
         adopt(cfg, "student")
     if cfg.finetune_teacher:
         cfg.arch, cfg.lr, cfg.optimizer = "dec", cfg.lr or 2e-4, "adamw"
+    seeing = is_picture_task(cfg.data)
+    if seeing and (cfg.init_from == "scratch" or cfg.finetune_teacher or cfg.plan):
+        raise UserError(f"--data={cfg.data} has pictures: --student=RUN is a run of vision.py, and --finetune_teacher and --plan are for texts")
+    if seeing and cfg.init_from != "resume" and read_vision(cfg.init_from) is None:
+        raise UserError(f"--student={cfg.student} is a run without pictures, and --data={cfg.data} has some")
+    if seeing and cfg.init_from != "resume":
+        parent = read_config(cfg.init_from)
+        cfg.src_len, cfg.tgt_len = cfg.src_len or parent.src_len or parent.tgt_len - 64, cfg.tgt_len or (parent.tgt_len if parent.n_enc else 64)
     cfg = resolve(cfg)
     if cfg.plan:
         parts = plan(cfg)
@@ -792,7 +912,7 @@ def main():
     if cfg.finetune_teacher:
         launch(cfg, TeacherTuning, f"teacher-{name}")
     else:
-        launch(cfg, Distillation, f"distilled-{cfg.arch}-{cfg.preset}-{name}")
+        launch(cfg, SeeingDistillation if seeing else Distillation, f"distilled-{cfg.arch}-{cfg.preset}-{name}")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@
 
 Two graphs share one file of weights. The encoder's reads a source and gives every decoder layer's cross-attention keys and
 values. The decoder's reads any number of tokens behind what its caches hold, writes their keys and values into the caches in
-place, and gives logits at the positions it is asked for. A decoder-only model is the second graph alone.
+place, and gives logits at the positions it is asked for. A decoder-only model is the second graph alone. A run of vision.py has a third, of
+its tower and projector, whose tokens the graph that reads the prompt puts in the places of pictures.
 
 The graphs are written here node by node rather than traced by torch.onnx: the reader sees what runs, and ONNX Runtime's fused
 operators (GroupQueryAttention, MultiHeadAttention, RotaryEmbedding, SkipSimplifiedLayerNormalization, MatMulNBits) stand in them
@@ -27,8 +28,10 @@ from tqdm import tqdm
 from data.cli import UserError, parse, script, setting
 from data.corpus import prepare
 from data.exported import FILE, Exported, Static, is_export
+from data.images import read_vision
 from data.objectives import Objective, uniforms
 from data.pairs import Pairs
+from data.picture_tasks import PicturePairs, load_picture_task
 from data.runs import newest_run, read_record, write_json
 from data.tasks import load_task
 from data.tokenizer import load_tokenizer
@@ -233,6 +236,13 @@ def mlp(g, x, layer, name):
     return linear(g, g.op("Mul", gate, up), layer.down, f"{name}.down")
 
 
+def with_images(g, x, cfg):
+    """x (B, T, C) with the tokens of pictures, `images` (N, C), in the places `at` (N, 1) of the flattened tokens."""
+    images, at = g.input("images", "seen", cfg.n_embd), g.input("at", "seen", 1, dtype=np.int64)
+    flat = g.op("ScatterND", g.op("Reshape", x, g.constant(-1, cfg.n_embd)), at, images)
+    return g.op("Reshape", flat, g.op("Shape", x))
+
+
 def encoder_graph(model, weights, precision):
     """tokens (B, S), positions (rows of the tables cos and sin), last (B,): each row's length - 1, total: S -> memory_key_i and
     memory_value_i (B, H_kv, S, D), i over the decoder's layers."""
@@ -242,6 +252,7 @@ def encoder_graph(model, weights, precision):
     last, total = g.input("last", "rows", dtype=np.int32), g.input("total", dtype=np.int32)
     rope = [positions, *(g.input(name, "slots", cfg.head_dim // 2) for name in ("cos", "sin"))]
     x = embedding(g, model, tokens)
+    x = with_images(g, x, cfg) if cfg.image_id >= 0 else x
     h = norm(g, x, model.enc[0].attn_norm, "enc.0.attn_norm")
     for i, block in enumerate(model.enc):
         h, x = add_norm(g, x, self_attention(g, h, block.attn, f"enc.{i}.attn", rope, last, total, causal=0), block.mlp_norm, f"enc.{i}.mlp_norm")
@@ -274,6 +285,7 @@ def decoder_graph(model, weights, precision):
     source = g.input("source", "rows", "source", dtype=np.int32) if cfg.n_enc else None
     g.output("logits", "kept", cfg.vocab_size)
     x = embedding(g, model, tokens)
+    x = with_images(g, x, cfg) if cfg.image_id >= 0 and not cfg.n_enc else x
     h = norm(g, x, model.dec[0].attn_norm, "dec.0.attn_norm")
     for i, block in enumerate(model.dec):
         past = [g.input(f"past_{part}_{i}", "rows", cfg.n_kv_head, "slots", cfg.head_dim) for part in ("key", "value")]
@@ -302,6 +314,57 @@ def output_layer(g, model, h):
         g.op("MatMulNBits", h, g.weight(f"{name}.int{bits}", packed), g.weight(f"{name}.scales{bits} as list", scales.reshape(-1)), domain=MS, outputs=["logits"], N=cfg.vocab_size, K=cfg.n_embd, bits=bits, block_size=block, accuracy_level=4)
     else:
         g.op("FusedMatMul", h, g.weight(name, weight), domain=MS, outputs=["logits"], transB=1)
+
+
+def layer_norm(g, x, layer, name):
+    return g.op("LayerNormalization", x, g.weight(f"{name}.weight", array(layer.weight)), g.weight(f"{name}.bias", array(layer.bias)), axis=-1, epsilon=layer.eps)
+
+
+def vision_graph(model, weights, precision):
+    """tiles (n, size, size, 3) of bytes -> table (n * side * side + 1, C): the tokens of all patches, tile by tile, and the marker; scores (n, side * side), where features
+    decide which tokens stay."""
+    cfg, tower = model.vision, model.tower
+    g = Graph(weights, precision, {"int8": "integer", "int4": "integer"}.get(precision, "float"))
+    side, patch, width = cfg.side, cfg.patch, cfg.n_embd
+    tiles = g.input("tiles", "tiles", cfg.image_size, cfg.image_size, 3, dtype=np.uint8)
+    g.output("table", "tokens", model.config.n_embd)
+    mean, std = np.array(cfg.mean, np.float32), np.array(cfg.std, np.float32)
+    x = g.op("Cast", tiles, to=int(helper.np_dtype_to_tensor_dtype(np.dtype(g.float))))
+    x = g.op("Mul", g.op("Sub", x, g.vector("mean", (255 * mean).astype(g.float))), g.vector("std", (1 / (255 * std)).astype(g.float)))
+    x = g.op("Transpose", g.op("Reshape", x, g.constant(-1, side, patch, side, patch, 3)), perm=[0, 1, 3, 5, 2, 4])
+    x = linear(g, g.op("Reshape", x, g.constant(-1, side * side, 3 * patch * patch)), tower.embed_patch, "tower.embed_patch")
+    positions = array(tower.embed_position)
+    if tower.embed_class is not None:  # with its position: a row that is put before those of the patches of every tile
+        first = g.op("Expand", g.vector("class", (array(tower.embed_class) + positions[0]).astype(g.float).reshape(1, 1, -1)),
+                     g.op("Concat", g.op("Shape", tiles, start=0, end=1), g.constant(1, 1), axis=0))
+        x = g.op("Concat", first, g.op("Add", x, g.weight("tower.positions", positions[1:])), axis=1)
+    else:
+        x = g.op("Add", x, g.weight("tower.positions", positions))
+    x = x if tower.pre_norm is None else layer_norm(g, x, tower.pre_norm, "tower.pre_norm")
+    for i, layer in enumerate(tower.layers):
+        name = f"tower.layers.{i}"
+        h = layer_norm(g, x, layer.norm1, f"{name}.norm1")
+        q, k, v = (linear(g, h, getattr(layer, part), f"{name}.{part}") for part in ("wq", "wk", "wv"))
+        y = linear(g, g.op("MultiHeadAttention", q, k, v, domain=MS, num_heads=cfg.n_head), layer.wo, f"{name}.wo")
+        h, _, _, x = g.op("SkipLayerNormalization", x, y, g.weight(f"{name}.norm2.weight", array(layer.norm2.weight)), g.weight(f"{name}.norm2.bias", array(layer.norm2.bias)), domain=MS,
+                          epsilon=layer.norm2.eps, outputs=[f"normed_{len(g.nodes)}", "", "", f"stream_{len(g.nodes)}"])
+        h = linear(g, h, layer.up, f"{name}.up")
+        h = g.op("QuickGelu", h, domain=MS, alpha=1.702) if cfg.act == "quick_gelu" else g.op("Gelu", h, approximate="tanh")
+        x = g.op("Add", x, linear(g, h, layer.down, f"{name}.down"))
+    if tower.embed_class is not None:
+        x = g.op("Slice", x, g.constant(1), g.constant(side * side + 1), g.constant(1))
+    weigh = None
+    if cfg.tokens == "learned":
+        weigh = g.op("Sigmoid", g.op("Add", g.op("MatMul", x, g.weight("weigh.weight", array(model.weigh.weight).T)), g.weight("weigh.bias", array(model.weigh.bias))))
+        g.op("Reshape", weigh, g.constant(-1, side * side), outputs=[g.output("scores", "tiles", side * side)])
+    elif cfg.tokens == "variance" and cfg.variance_of == "features":
+        away = g.op("Sub", x, g.op("ReduceMean", x, g.constant(-1)))
+        g.op("ReduceMean", g.op("Mul", away, away), g.constant(-1), keepdims=0, outputs=[g.output("scores", "tiles", side * side)])
+    x = g.op("Reshape", x, g.constant(-1, side * side // cfg.joined, width * cfg.joined))
+    h = linear(g, g.op("Gelu", linear(g, x, model.projector.up, "projector.up")), model.projector.down, "projector.down")
+    h = h if weigh is None else g.op("Mul", h, g.op("Mul", weigh, g.vector("two", np.array(2, g.float))))
+    g.op("Concat", g.op("Reshape", h, g.constant(-1, model.config.n_embd)), g.weight("embed_marker", array(model.embed_marker)[None]), axis=0, outputs=["table"])
+    return g
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -565,12 +628,15 @@ def write(model, folder, precision, objective="seq2seq"):
     """Writes the graphs, their weights, and what data/exported.py has to know, into a folder."""
     os.makedirs(folder)
     weights = Weights(os.path.join(folder, "weights.bin"))
+    if model.config.image_id >= 0:
+        vision_graph(model, weights, precision).save(os.path.join(folder, "vision.onnx"), "vision")
     if model.config.n_enc:
         encoder_graph(model, weights, precision).save(os.path.join(folder, "encoder.onnx"), "encoder")
     g = decoder_graph(model, weights, precision)
     g.save(os.path.join(folder, "decoder.onnx"), "decoder")
     weights.file.close()
-    describe(folder, model, weights, g, precision=precision, objective=objective)
+    more = dict(vision=asdict(model.vision)) if model.config.image_id >= 0 else {}
+    describe(folder, model, weights, g, precision=precision, objective=objective, **more)
 
 
 def describe(folder, model, weights, step, **about):
@@ -637,14 +703,18 @@ def calibrate(folder, names, batch):
 # Does the export say what the run says?
 
 def real_rows(cfg, record, model, tokenizer, split, n):
-    """At most n rows of what the run was trained on, as a batch (src, src_mask, tgt, loss_mask), and prompts to continue."""
+    """At most n rows of what the run was trained on, as a batch (src, src_mask, tgt, loss_mask); prompts to continue; each row's Pictures, None without."""
     data, decoder_only = cfg.data or record["data"], model.config.n_enc == 0
+    if model.config.image_id >= 0:
+        rows = load_picture_task(data, record["skip_bad"], log=lambda text: None).splits[split]
+        pairs = PicturePairs([rows[i] for i in np.linspace(0, len(rows) - 1, min(n, len(rows))).astype(int)], tokenizer, record["src_len"], record["tgt_len"], decoder_only, model.vision)
+        return pairs.batch(range(len(pairs))), [pairs.prompt(row) for row in range(len(pairs))], [pairs.pictures([row]) for row in range(len(pairs))]
     if record["objective"] == "seq2seq":
         task = load_task(data, record["source_col"], record["target_col"], record["skip_bad"], log=lambda text: None)
         rows = task.splits[split]
         pairs = Pairs([rows[i] for i in np.linspace(0, len(rows) - 1, min(n, len(rows))).astype(int)], tokenizer,
                       record["src_len"], record["tgt_len"], decoder_only)
-        return pairs.batch(range(len(pairs))), [pairs.prompt(row) for row in range(len(pairs))]
+        return pairs.batch(range(len(pairs))), [pairs.prompt(row) for row in range(len(pairs))], None
     objective = Objective(record["objective"], tokenizer, record["src_len"], record["tgt_len"], decoder_only, record["noise"], record["mean_span"])
     text = prepare(data, cfg.run, text_col=record["text_col"], max_tokens=1 if split == "val" else n * objective.window, log=lambda text: None).splits[split]
     if len(text) < objective.window:
@@ -653,8 +723,8 @@ def real_rows(cfg, record, model, tokenizer, split, n):
     batch = objective.batch(text.windows(starts, objective.window), uniforms(0, 0, range(n), objective.n_random))
     if decoder_only:
         halves = np.maximum(batch[3].argmax(1), batch[2].shape[1] // 2 * (record["objective"] == "causal"))
-        return batch, [row[:half].tolist() for row, half in zip(batch[2], halves)]
-    return batch, [row[row != tokenizer.pad].tolist() for row in batch[0]]
+        return batch, [row[:half].tolist() for row, half in zip(batch[2], halves)], None
+    return batch, [row[row != tokenizer.pad].tolist() for row in batch[0]], None
 
 
 def fitting(batch, prompts, src_len, tgt_len, new):
@@ -668,7 +738,7 @@ def fitting(batch, prompts, src_len, tgt_len, new):
 
 
 @torch.no_grad()
-def parity(model, exported, batch, prompts, new):
+def parity(model, exported, batch, prompts, pictures, new):
     """Beside torch in float32: the largest difference of a logit, the held-out loss of both, and the share of the tokens of torch's
     greedy answers, of `new` tokens each, that the export would have chosen as well."""
     sums, widest, largest = np.zeros(3), 0.0, 0.0
@@ -676,19 +746,22 @@ def parity(model, exported, batch, prompts, new):
         raise UserError("no token of an answer is left in the held-out rows to compare by: --tgt_len is too short for them")
     for b in tqdm(range(len(prompts)), desc="parity, losses", leave=False):
         src, src_mask, tgt, loss_mask = (None if part is None else torch.from_numpy(part[b:b + 1]) for part in batch)
-        expected, loss = model(src, src_mask, tgt, loss_mask, reduction="sum")
-        memory = exported.encode([src[0][src_mask[0]].tolist() if src_mask is not None else src[0].tolist()]) if src is not None else ({}, None)
+        sees, images = (dict(images=model.see(pictures[b])[0]), dict(images=exported.see(pictures[b])[0])) if pictures and pictures[b] else ({}, {})
+        expected, loss = model(src, src_mask, tgt, loss_mask, reduction="sum", **sees)
+        memory = exported.encode([src[0][src_mask[0]].tolist() if src_mask is not None else src[0].tolist()], **images) if src is not None else ({}, None)
         T = tgt.size(1)
-        logits = exported.request([T], 1, *memory).feed(shift_right(tgt, model.config.bos_id).numpy(), np.array([T]), np.arange(T)).astype(np.float32)
+        images = {} if src is not None else images
+        logits = exported.request([T], 1, *memory).feed(shift_right(tgt, model.config.bos_id).numpy(), np.array([T]), np.arange(T), **images).astype(np.float32)
         widest = max(widest, np.abs(logits - expected[0].numpy())[loss_mask[0].numpy()].max(initial=0))
         largest = max(largest, expected.abs().max().item())
         sums += [loss.item(), model.loss(torch.from_numpy(logits)[None], tgt, loss_mask).item(), loss_mask.sum().item()]
-    endless = Transformer.__new__(Transformer)
+    endless = type(model).__new__(type(model))
     endless.__dict__ = model.__dict__ | dict(config=replace(model.config, eos_id=-1))  # answers of full length
     same = total = 0
-    for prompt in tqdm(prompts[:4], desc="parity, answers", leave=False):
-        wanted = [step[0] for step in endless.generate([prompt], new)]
-        request, logits = exported.start([prompt], new)
+    for b, prompt in enumerate(tqdm(prompts[:4], desc="parity, answers", leave=False)):
+        sees, images = (dict(images=model.see(pictures[b])[0]), dict(images=exported.see(pictures[b])[0])) if pictures and pictures[b] else ({}, {})
+        wanted = [step[0] for step in endless.generate([prompt], new, **sees)]
+        request, logits = exported.start([prompt], new, **images)
         for id in wanted:
             same, total = same + int(logits[0].argmax() == id), total + 1
             if total % new:
@@ -747,22 +820,27 @@ def main():
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     record, tokenizer = read_record(cfg.run)["settings"], load_tokenizer(cfg.run)
-    model = Transformer.load(cfg.run).float().eval()
+    vision = read_vision(cfg.run)
+    if vision:
+        from vision import VisionLM
+    model = (VisionLM if vision else Transformer).load(cfg.run).float().eval()
+    if vision and (cfg.static or model.config.look != "none"):
+        raise UserError("--static is for runs without pictures" if cfg.static else f"{cfg.run} has --look={model.config.look}, a cross-attention that exports do not have")
     check_static(cfg, model.config)
-    batch, prompts = real_rows(cfg, record, model, tokenizer, "val", cfg.rows)
+    batch, prompts, pictures = real_rows(cfg, record, model, tokenizer, "val", cfg.rows)
     new = out + ".new"  # what is half written is never at `out`
     shutil.rmtree(new, ignore_errors=True)
     if cfg.static:
         lengths = cfg.src_len, cfg.tgt_len
         batch, prompts, cfg.new = fitting(batch, prompts, *lengths, cfg.new)
-        seen, _, _ = fitting(*real_rows(cfg, record, model, tokenizer, "train", cfg.calibrate), *lengths, 1)
+        seen, _, _ = fitting(*real_rows(cfg, record, model, tokenizer, "train", cfg.calibrate)[:2], *lengths, 1)
         write_static(model, new, cfg.precision, record["objective"], *lengths, seen)
     else:
         write(model, new, cfg.precision, record["objective"])
     tokenizer.save(new)
     size, params = sum(os.path.getsize(os.path.join(new, name)) for name in os.listdir(new)), model.num_params()
     print(f"{params:,} parameters in {size:,} bytes, {8 * size / params:.2f} bits each")
-    found = parity(model, (Static if cfg.static else Exported)(new, cfg.threads), batch, prompts, cfg.new)
+    found = parity(model, (Static if cfg.static else Exported)(new, cfg.threads), batch, prompts, pictures, cfg.new)
     print(f"on {found['rows']} held-out rows of {cfg.data or record['data']}: largest logit difference {found['logit_difference']:.2g} (logits up to "
           f"{found['largest_logit']:.3g}); loss {found['loss']:.4f}, torch {found['torch_loss']:.4f} ({found['loss_change']:+.2%}); "
           f"{found['agreement']:.1%} of torch's greedy tokens")

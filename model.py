@@ -51,6 +51,8 @@ class Config:
     pad_id: int = 0
     bos_id: int = 1
     eos_id: int = 2
+    image_id: int = -1         # placeholder of one token of a picture (vision.py); -1: it sees none
+    look: str = "none"         # encoder or decoder: its layers have a cross-attention to the tokens of the pictures, too
 
     def check(self):
         """Raises ModelError naming the first field that cannot work."""
@@ -71,6 +73,8 @@ class Config:
             raise ModelError(f"config: head_dim={self.head_dim} must be even and at least 4 (RoPE rotates pairs)")
         if self.mlp not in ("swiglu", "gelu"):
             raise ModelError(f"config: mlp={self.mlp!r} is neither swiglu nor gelu")
+        if self.look not in ("none", "encoder", "decoder") or (self.look == "encoder" and not self.n_enc):
+            raise ModelError(f"config: look={self.look!r} is neither none nor a stack of the model (encoder, decoder)")
         for name in ("pad_id", "bos_id", "eos_id"):
             if not 0 <= getattr(self, name) < self.vocab_size:
                 raise ModelError(f"config: {name}={getattr(self, name)} is outside the vocabulary of {self.vocab_size}")
@@ -261,27 +265,35 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: self-attention, cross-attention (in the decoder of an encoder-decoder), MLP; each after an RMSNorm."""
+    """One layer: self-attention, cross-attention to pictures (with config.look), cross-attention to the source (in the decoder of an
+    encoder-decoder), MLP; each after an RMSNorm."""
     dropout = 0.0  # of what each part adds, in training; no matter of the model's files, so train.py sets it
 
-    def __init__(self, cfg, cross):
+    def __init__(self, cfg, cross, look=False):
         super().__init__()
         self.attn_norm = RMSNorm(cfg.n_embd, cfg.norm_eps)
         self.attn = Attention(cfg)
+        self.look_norm = RMSNorm(cfg.n_embd, cfg.norm_eps) if look else None
+        self.look = Attention(cfg) if look else None
         self.cross_norm = RMSNorm(cfg.n_embd, cfg.norm_eps) if cross else None
         self.cross = Attention(cfg) if cross else None
         self.mlp_norm = RMSNorm(cfg.n_embd, cfg.norm_eps)
         self.mlp = MLP(cfg)
 
-    def forward(self, x, rope, mask=None, causal=False, store=None, encoded=None, memory=None, memory_mask=None, cross_rope=None, memory_rope=None):
+    def forward(self, x, rope, mask=None, causal=False, store=None, encoded=None, memory=None, memory_mask=None, cross_rope=None, memory_rope=None,
+                seen=None, seen_mask=None):
         """x (B, T, C). `store(k, v)` puts the new self-attention keys and values into a cache and returns all of them
         so far. The source: its states `encoded` (B, S, C), or `memory`, the cross-attention keys and values made of them.
-        With config.cross_rope, cross_rope rotates the queries at the source and memory_rope the keys made of `encoded`."""
+        With config.cross_rope, cross_rope rotates the queries at the source and memory_rope the keys made of `encoded`. `seen`: tokens of
+        pictures (B, M, C), or the keys and values made of them."""
         h = self.attn_norm(x)
         k, v = self.attn.keys_values(h, rope)
         if store is not None:
             k, v = store(k, v)
         x = x + self.drop(self.attn(h, k, v, mask, causal, rope))
+        if self.look is not None and seen is not None:
+            seen = self.look.keys_values(seen) if torch.is_tensor(seen) else seen
+            x = x + self.drop(self.look(self.look_norm(x), *seen, mask=seen_mask))
         if self.cross is not None:
             memory = memory or self.cross.keys_values(encoded, memory_rope)
             x = x + self.drop(self.cross(self.cross_norm(x), *memory, mask=memory_mask, rope=cross_rope))
@@ -303,7 +315,7 @@ class Cache:
     stretch is fixed here from the length the row may reach, because a factor that moved while decoding would turn the
     keys already stored into keys of another rotation."""
 
-    def __init__(self, model, rows, slots, encoded=None, src_mask=None, pad=None):
+    def __init__(self, model, rows, slots, encoded=None, src_mask=None, pad=None, seen=None):
         cfg, like = model.config, model.embed.weight
         self.length, self.slots = 0, slots
         self.pad = pad if pad is not None and bool(pad.any()) else None  # (B,)
@@ -317,6 +329,9 @@ class Cache:
             rope = model.cross_rope(torch.arange(encoded.size(1), device=like.device)[None])
             self.memory = [block.cross.keys_values(encoded, rope) for block in model.dec]
         self.memory_mask = source_mask(src_mask)
+        self.seen, self.seen_mask = [None] * cfg.n_dec, None
+        if seen is not None:
+            self.seen, self.seen_mask = [block.look.keys_values(seen[0]) for block in model.dec], source_mask(seen[1])
 
     def store(self, layer, k, v):
         """Writes the new keys and values in place behind the stored ones; returns views of all."""
@@ -344,6 +359,8 @@ class Cache:
         self.stretch = None if self.stretch is None else self.stretch[rows]
         self.memory = [kv and (kv[0][rows], kv[1][rows]) for kv in self.memory]
         self.memory_mask = None if self.memory_mask is None else self.memory_mask[rows]
+        self.seen = [kv and (kv[0][rows], kv[1][rows]) for kv in self.seen]
+        self.seen_mask = None if self.seen_mask is None else self.seen_mask[rows]
 
 
 def stretch_of(lengths, longest, trained):
@@ -386,9 +403,9 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = cfg = config.check()
         self.embed = nn.Embedding(cfg.vocab_size, cfg.n_embd)
-        self.enc = nn.ModuleList(Block(cfg, cross=False) for _ in range(cfg.n_enc))
+        self.enc = nn.ModuleList(Block(cfg, False, cfg.look == "encoder") for _ in range(cfg.n_enc))
         self.enc_norm = RMSNorm(cfg.n_embd, cfg.norm_eps) if cfg.n_enc else None
-        self.dec = nn.ModuleList(Block(cfg, cross=cfg.n_enc > 0) for _ in range(cfg.n_dec))
+        self.dec = nn.ModuleList(Block(cfg, cfg.n_enc > 0, cfg.look == "decoder") for _ in range(cfg.n_dec))
         self.dec_norm = RMSNorm(cfg.n_embd, cfg.norm_eps)
         self.head = None if cfg.tied else nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
         self.packed_head = None
@@ -411,24 +428,38 @@ class Transformer(nn.Module):
         for block in self.dec if self.config.n_enc else []:
             block.cross.start_matching()
 
-    def embedded(self, ids):
-        """(B, T) -> (B, T, C). In training, word dropout (Bowman et al., 2016) hides tokens of the source and of the answer so far."""
+    def embedded(self, ids, images=None):
+        """(B, T) -> (B, T, C); `images` (N, C) take the places of the N placeholders, in order. In training, word dropout (Bowman et al., 2016)
+        hides tokens of the source and of the answer so far."""
         x = self.embed(ids) * self.config.embed_scale
         if self.training and self.word_dropout:
             x = x * (torch.rand(ids.shape, device=ids.device) >= self.word_dropout)[:, :, None]
+        if images is not None:
+            here = ids == self.config.image_id
+            if int(here.sum()) != len(images):
+                raise ModelError(f"the texts have {int(here.sum())} placeholders for tokens of pictures, and the pictures have {len(images)}")
+            x = x.masked_scatter(here[:, :, None], images.to(x.dtype))
         return x
 
-    def encode(self, src, src_mask=None):
-        """src (B, S) of ids, padded on the right; src_mask (B, S), True at real tokens -> states (B, S, C)."""
+    def spread(self, images, ids):
+        """Tokens of pictures (N, C) and the ids (B, T) that they belong to -> what config.look looks at: (B, M, C), and a mask (B, M)."""
+        counts = (ids == self.config.image_id).sum(1)
+        mask = torch.arange(max(1, int(counts.max())), device=ids.device)[None] < counts[:, None]
+        return images.new_zeros(*mask.shape, images.size(1)).masked_scatter(mask[:, :, None], images), mask
+
+    def encode(self, src, src_mask=None, images=None):
+        """src (B, S) of ids, padded on the right; src_mask (B, S), True at real tokens; images (N, C): tokens of pictures, for the
+        placeholders among the ids -> states (B, S, C)."""
         cfg = self.config
         lengths = None if src_mask is None else src_mask.sum(1)
         if lengths is None:
             lengths = torch.full((len(src),), src.size(1), device=src.device)
         positions = torch.arange(src.size(1), device=src.device)[None]
         rope = rope_tables(positions, cfg.head_dim, cfg.rope_theta, stretch_of(lengths, src.size(1), cfg.src_len))
-        mask, x = source_mask(src_mask), self.embedded(src)
+        mask, x = source_mask(src_mask), self.embedded(src, images)
+        seen, seen_mask = self.spread(images, src) if images is not None and cfg.look == "encoder" else (None, None)
         for block in self.enc:
-            x = block(x, rope, mask)
+            x = block(x, rope, mask, seen=seen, seen_mask=source_mask(seen_mask))
         return self.enc_norm(x)
 
     def cross_rope(self, positions):
@@ -437,17 +468,18 @@ class Transformer(nn.Module):
         cfg = self.config
         return rope_tables(positions, cfg.head_dim, cfg.rope_theta) if cfg.cross_rope and cfg.n_enc else None
 
-    def decode(self, tokens, encoded=None, src_mask=None, cache=None):
+    def decode(self, tokens, encoded=None, src_mask=None, cache=None, images=None, seen=None):
         """States (B, T, C) of the decoder after `tokens` (B, T), which are inputs, already shifted; `logits` reads them.
 
         Without a cache, `tokens` are the whole sequence, and `encoded` (B, S, C) the encoder's states. With one, they
-        follow what the cache holds (any number of tokens at a time), and the source is already inside."""
+        follow what the cache holds (any number of tokens at a time), and the source is already inside. Pictures: decoder-only, `images`
+        (N, C) for the placeholders among the tokens; with config.look == "decoder", `seen`, as `spread` gives it."""
         cfg, T = self.config, tokens.size(1)
         positions, memory_rope = torch.arange(T, device=tokens.device)[None], None
         if cache is None:
             lengths = torch.full((len(tokens),), T, device=tokens.device)
             stretch, mask, causal = stretch_of(lengths, T, cfg.tgt_len), None, True
-            memory_mask = source_mask(src_mask)
+            memory_mask, (seen, seen_mask) = source_mask(src_mask), (None, None) if seen is None else (seen[0], source_mask(seen[1]))
             if encoded is not None:
                 memory_rope = self.cross_rope(torch.arange(encoded.size(1), device=tokens.device)[None])
         else:
@@ -459,12 +491,13 @@ class Transformer(nn.Module):
             causal = cache.length == 0 and cache.pad is None and T > 1
             stretch, mask, memory_mask = cache.stretch, None if causal else cache.mask(T), cache.memory_mask
         rope, cross_rope = rope_tables(positions, cfg.head_dim, cfg.rope_theta, stretch), self.cross_rope(positions)
-        x = self.embedded(tokens)
+        x = self.embedded(tokens, images)
         for i, block in enumerate(self.dec):
             if cache is None:
-                x = block(x, rope, mask, causal, None, encoded, None, memory_mask, cross_rope, memory_rope)
+                x = block(x, rope, mask, causal, None, encoded, None, memory_mask, cross_rope, memory_rope, seen, seen_mask)
             else:
-                x = block(x, rope, mask, causal, lambda k, v, i=i: cache.store(i, k, v), None, cache.memory[i], memory_mask, cross_rope)
+                x = block(x, rope, mask, causal, lambda k, v, i=i: cache.store(i, k, v), None, cache.memory[i], memory_mask, cross_rope,
+                          seen=cache.seen[i], seen_mask=cache.seen_mask)
         if cache is not None:
             cache.length += T
         return self.dec_norm(x)
@@ -475,28 +508,36 @@ class Transformer(nn.Module):
             return packed_linear(states, self.packed_head)
         return F.linear(states, self.embed.weight if self.head is None else self.head.weight)
 
-    def forward(self, src, src_mask, tgt, loss_mask, reduction="mean"):
+    def forward(self, src, src_mask, tgt, loss_mask, reduction="mean", images=None):
         """Logits (B, T, V) and the loss in nats over the targets where loss_mask (B, T) is True: their mean, or their
         "sum". The loss of a batch without any is 0. src and src_mask (B, S) are None for a decoder-only model, whose
-        tgt holds prompt and answer. src_mask may also be None where nothing is padded."""
-        encoded = self.encode(src, src_mask) if self.config.n_enc else None
-        states = self.decode(shift_right(tgt, self.config.bos_id), encoded, src_mask)
+        tgt holds prompt and answer. src_mask may also be None where nothing is padded. images (N, C): tokens of pictures, for the placeholders
+        in src or, decoder-only, in tgt."""
+        encoded = self.encode(src, src_mask, images) if self.config.n_enc else None
+        states = self.decode(shift_right(tgt, self.config.bos_id), encoded, src_mask, **self.decoder_sees(images, src, tgt))
         logits = self.logits(states)
         loss = self.loss(logits, tgt, loss_mask)
         return logits, loss / loss_mask.sum().clamp(min=1) if reduction == "mean" else loss
+
+    def decoder_sees(self, images, src, tgt):
+        """What `decode` is given of the pictures: their tokens, decoder-only in place, or to look at."""
+        if images is None:
+            return {}
+        own = {} if self.config.n_enc else dict(images=images)
+        return own | (dict(seen=self.spread(images, src if self.config.n_enc else tgt)) if self.config.look == "decoder" else {})
 
     # -----------------------------------------------------------------------------------------------------------------
     # Generation
 
     @torch.inference_mode()
-    def generate(self, prompts, max_new_tokens, temperature=0.0, top_k=0, top_p=1.0, seed=0, prefix=None):
+    def generate(self, prompts, max_new_tokens, temperature=0.0, top_k=0, top_p=1.0, seed=0, prefix=None, images=None):
         """Continues B prompts at once, streaming: yields, per step, a list of B new ids, None for rows that have ended
         (their end-of-sequence itself is not shown).
 
         prompts: lists of ids; the encoder's sources, or, decoder-only, the beginning of the text. prefix: lists of ids
-        that the decoder's output starts with. temperature 0 is greedy; top_k 0 and top_p 1 keep every token. Row b
+        that the decoder's output starts with. images (N, C): tokens of pictures, for the placeholders in the prompts. temperature 0 is greedy; top_k 0 and top_p 1 keep every token. Row b
         draws from its own generator, seeded with seed + b, or with seed[b] if there is one a row. A row gives what it gives alone, whatever the others are."""
-        cache, states = self.prefill(prompts, max_new_tokens, prefix)
+        cache, states = self.prefill(prompts, max_new_tokens, prefix, images)
         seeds = range(seed, seed + len(prompts)) if isinstance(seed, int) else seed
         rngs = [torch.Generator(states.device).manual_seed(row_seed) for row_seed in seeds]
         rows, ended = list(range(len(prompts))), set()  # which prompt each row of the cache belongs to
@@ -519,7 +560,7 @@ class Transformer(nn.Module):
                 states = self.decode(token[:, None], cache=cache)
 
     @torch.inference_mode()
-    def prefill(self, prompts, max_new_tokens, prefix=None):
+    def prefill(self, prompts, max_new_tokens, prefix=None, images=None):
         """Reads the prompts -> a Cache with room for max_new_tokens more, and the decoder's states after the last one."""
         if max_new_tokens < 1 or not prompts:
             raise ModelError(f"cannot generate {max_new_tokens} tokens for {len(prompts)} prompts: both must be positive")
@@ -529,19 +570,21 @@ class Transformer(nn.Module):
         if bad := [id for ids in (*prompts, *heads) for id in ids if not 0 <= id < self.config.vocab_size]:
             raise ModelError(f"token id {bad[0]} is outside the model's vocabulary of {self.config.vocab_size}")
         device, cfg = self.embed.weight.device, self.config
-        encoded = src_mask = None
+        encoded = src_mask = src = None
         if cfg.n_enc:
             width = max(1, max(map(len, prompts)))
             src = torch.tensor([list(p) + [cfg.pad_id] * (width - len(p)) for p in prompts], device=device)
             lengths = torch.tensor([len(p) for p in prompts], device=device)
             if lengths.min() < width:
                 src_mask = torch.arange(width, device=device)[None] < lengths[:, None]
-            encoded = self.encode(src, src_mask)
+            encoded = self.encode(src, src_mask, images)
         width = 1 + max(map(len, heads))
         rows = [[cfg.pad_id] * (width - 1 - len(h)) + [cfg.bos_id] + list(h) for h in heads]
         pad = torch.tensor([width - 1 - len(h) for h in heads], device=device)
-        cache = Cache(self, len(prompts), width + max_new_tokens - 1, encoded, src_mask, pad)
-        return cache, self.decode(torch.tensor(rows, device=device), cache=cache)
+        tokens = torch.tensor(rows, device=device)
+        sees = self.decoder_sees(images, src, tokens)
+        cache = Cache(self, len(prompts), width + max_new_tokens - 1, encoded, src_mask, pad, sees.pop("seen", None))
+        return cache, self.decode(tokens, cache=cache, **sees)
 
     # -----------------------------------------------------------------------------------------------------------------
     # What it costs
@@ -596,15 +639,21 @@ class Transformer(nn.Module):
         save_file(tensors, os.path.join(folder, weights), metadata={"crc32": checksum(tensors), **metadata})
 
     @classmethod
+    def of_folder(cls, folder):
+        """The model that a folder describes, with new weights."""
+        return cls(read_config(folder))
+
+    @classmethod
     def load(cls, folder, weights=None, device="cpu", dtype=None):
         """The model of a folder that `save` wrote, with the weights that did best where training kept them apart from the
         last ones. Raises ModelError naming what is missing, altered or does not fit."""
         weights = weights or ("best.safetensors" if os.path.exists(os.path.join(folder, "best.safetensors")) else "model.safetensors")
-        config, path = read_config(folder), os.path.join(folder, weights)
+        path = os.path.join(folder, weights)
+        read_config(folder)
         if not os.path.isfile(path):
             raise ModelError(f"{path} is missing: is {folder} a finished run folder?")
         with torch.device("meta"):
-            model = cls(config)
+            model = cls.of_folder(folder)
         wanted = {name: tuple(p.shape) for name, p in model.state_dict().items()}
         try:
             with safe_open(path, framework="pt") as f:

@@ -3,18 +3,22 @@
     python sample.py --prompt="def area(width, height):\\n    return <mask>"   fills the holes (span-trained runs)
     python sample.py --run=out/dec-nano-pycode --prompt="import os" --temperature=0.8 --num_samples=3
     cat file.py | python sample.py                                           the newest run, prompt from standard input
+    python sample.py --run=out/vision-encdec-nano-shapes --image=FILE --prompt="What is there?"      asks about a picture
     python sample.py --run=out/encdec-nano-pycode-int8 --prompt="..."        an export: then torch is not needed
 
 A span-trained model reads <mask> as a hole and prints the whole text with the holes filled (a prompt without <mask> gets
-one at its end); a causal or prefix one goes on where the prompt ends; one trained on a task prints its answer.
+one at its end); a causal or prefix one goes on where the prompt ends; one trained on a task prints its answer. A run of vision.py reads
+<image> as the place of a picture; without one, the pictures stand in front.
 """
 import codecs
+import os
 import sys
 from dataclasses import dataclass
 
 from data.cli import UserError, parse, script, setting
 from data.exported import Exported, Static, is_export, read_about
 from data.objectives import fill_spans
+from data.pairs import IMAGE, encode_sources
 from data.runs import newest_run, read_record
 from data.tokenizer import N_SENTINELS, load_tokenizer
 
@@ -25,6 +29,7 @@ MASK = "<mask>"
 class Settings:
     run: str = setting(None, "run folder, or a folder that export.py wrote; default: the newest run in out/")
     prompt: str = setting(None, "the text to start from; default: standard input. \\n is a line break")
+    image: str = setting(None, "picture files, separated by commas, for runs of vision.py")
     max_new_tokens: int = setting(None, "longest answer, in tokens; default: what the model was trained for", type=int)
     temperature: float = setting(0.0, "0 takes the likeliest token; higher is more varied")
     top_k: int = setting(0, "draw from the k likeliest tokens; 0 is all")
@@ -33,15 +38,19 @@ class Settings:
     num_samples: int = setting(1, "answers to the prompt; the first streams, more are printed when done")
     show_attention: str = setting(None, "draw what the answer looked at in its source into this picture: FILE.png")
     attention_layer: int = setting(None, "decoder layer for that, from 0; default: the mean over all of them (and over their heads)", type=int)
+    show_tokens: str = setting(None, "draw which patches of the first picture were read into this file: FILE.png")
     seed: int = setting(1337, "of the draws")
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: str = setting("auto", "of weights and states; auto: bfloat16 where the device has it", ("auto", "float32", "bfloat16"))
     threads: int = setting(0, "CPU threads; 0 is torch's own choice")
 
 
-def encode_prompt(text, tokenizer, objective, decoder_only):
-    """Prompt ids: of the encoder's source or, decoder-only, of the beginning of the sequence."""
-    if objective in ("span", "ul2") and (objective == "span" or MASK in text):
+def encode_prompt(text, tokenizer, objective, decoder_only, n_tokens=None):
+    """Prompt ids: of the encoder's source or, decoder-only, of the beginning of the sequence. n_tokens: how many the pictures are, for
+    a run that sees some."""
+    if n_tokens is not None:
+        ids = encode_sources([text], tokenizer, [n_tokens])[0]
+    elif objective in ("span", "ul2") and (objective == "span" or MASK in text):
         parts = (text if MASK in text else text + MASK).split(MASK)
         if len(parts) - 1 > N_SENTINELS:
             raise UserError(f"--prompt has {len(parts) - 1} {MASK}, at most {N_SENTINELS} can be told apart")
@@ -90,13 +99,13 @@ class Printer:
         print(self.decoder.decode(b"", final=True))
 
 
-def beam_search(model, prompt, beams, max_new_tokens):
+def beam_search(model, prompt, beams, max_new_tokens, images=None):
     """The likeliest answer that `beams` hypotheses side by side find; score: log-probability over length to the power
     0.6, so that longer answers are not penalised for having more factors. Returns ids, without end-of-sequence."""
     import torch
     eos = model.config.eos_id
     with torch.inference_mode():
-        cache, states = model.prefill([prompt], max_new_tokens)
+        cache, states = model.prefill([prompt], max_new_tokens, images=images)
         scores, answers, finished = torch.zeros(1, device=states.device), [[]], []
         for step in range(max_new_tokens):
             logp = model.logits(states[:, -1]).float().log_softmax(-1) + scores[:, None]  # (beams, V)
@@ -120,7 +129,7 @@ def beam_search(model, prompt, beams, max_new_tokens):
     return max(finished, key=lambda pair: pair[0])[1]
 
 
-def cross_attention(model, source, answer):
+def cross_attention(model, source, answer, images=None):
     """What each token of an answer looked at in its source: (layers, heads, len(answer), len(source)), rows summing to 1.
     Row t is the step that chose answer[t]. Worked out again from what goes into each cross-attention."""
     import torch
@@ -137,7 +146,9 @@ def cross_attention(model, source, answer):
         hooks.append(block.cross.register_forward_hook(note, with_kwargs=True))
     device = model.embed.weight.device
     with torch.inference_mode():
-        model.decode(torch.tensor([[model.config.bos_id, *answer[:-1]]], device=device), model.encode(torch.tensor([source], device=device)))
+        source = torch.tensor([source], device=device)
+        encoded, sees = model.encode(source, images=images), model.decoder_sees(images, source, None)
+        model.decode(torch.tensor([[model.config.bos_id, *answer[:-1]]], device=device), encoded, **sees)
     for hook in hooks:
         hook.remove()
     return torch.stack(maps)
@@ -157,6 +168,33 @@ def draw_attention(weights, source, answer, tokenizer, path):
     axes.set(xlabel="source", ylabel="answer")
     figure.savefig(path, dpi=120, bbox_inches="tight")
     plt.close(figure)
+
+
+def open_pictures(paths, text, vision, run):
+    """--image -> (Pictures, the prompt with as many IMAGE, the images themselves)."""
+    if vision is None:
+        raise UserError(f"--image: {run} is a run without pictures; vision.py trains one with")
+    from data.images import open_image, prepare_image
+    paths = ([paths] if os.path.exists(paths) else paths.split(",")) if paths else []
+    images = [open_image(path) for path in paths]
+    text = text if IMAGE in text else IMAGE * len(images) + text
+    if text.count(IMAGE) != len(images):
+        raise UserError(f"--prompt has {text.count(IMAGE)} {IMAGE} and --image names {len(images)} pictures: they must be as many")
+    return [prepare_image(image, vision) for image in images], text, images
+
+
+def vision_of(run, exported):
+    """How the run sees pictures, None if it does not. Without pictures, Pillow is not needed."""
+    if exported:
+        about = read_about(run).get("vision")
+        if about is None:
+            return None
+        from data.images import VisionConfig
+        return VisionConfig(**about).check()
+    if not os.path.exists(os.path.join(run, "vision.json")):
+        return None
+    from data.images import read_vision
+    return read_vision(run)
 
 
 def load_exported(cfg, run):
@@ -181,6 +219,8 @@ def load_torch(cfg, run):
     except (RuntimeError, AssertionError):
         raise UserError(f"--device={cfg.device} cannot be used here; use --device=cpu or auto") from None
     dtype = {"auto": torch.bfloat16 if has_bf16(torch.device(device)) else torch.float32}.get(cfg.dtype) or getattr(torch, cfg.dtype)
+    if os.path.exists(os.path.join(run, "vision.json")):
+        from vision import VisionLM as Transformer
     model = Transformer.load(run, device=device, dtype=dtype).eval()
     if cfg.show_attention and (not model.config.n_enc or not 0 <= (cfg.attention_layer or 0) < model.config.n_dec):
         raise UserError(f"--show_attention: {run} is decoder-only and has no source apart" if not model.config.n_enc else
@@ -210,9 +250,23 @@ def main():
               ", end it with Ctrl-D", file=sys.stderr)
     text = sys.stdin.read() if cfg.prompt is None else cfg.prompt.replace("\\n", "\n")
     text = text.strip() if objective == "seq2seq" else text
+    vision, pictures, images = vision_of(run, exported), [], []
+    if cfg.image or vision:
+        pictures, text, images = open_pictures(cfg.image, text, vision, run)
+    if cfg.show_tokens and not pictures:
+        raise UserError("--show_tokens draws on a picture: give one with --image")
 
     model = load_exported(cfg, run) if exported else load_torch(cfg, run)
-    prompt = encode_prompt(text, tokenizer, objective, model.config.n_enc == 0)
+    counts = None
+    if vision:
+        from data.images import n_tokens
+        counts = [n_tokens(*picture.size, vision) for picture in pictures]
+    prompt = encode_prompt(text, tokenizer, objective, model.config.n_enc == 0, counts)
+    seen, orders = model.see(pictures) if pictures else (None, [])
+    if cfg.show_tokens:
+        from data.images import draw_tokens
+        draw_tokens(images[0], orders[0], pictures[0].at, vision, cfg.show_tokens)
+    sees = dict(images=seen) if pictures else {}
     if cfg.max_new_tokens is None:
         static = exported and model.about.get("static")
         room = static["tgt_len"] if static else model.config.tgt_len
@@ -220,13 +274,15 @@ def main():
     holes = any(i >= tokenizer.first_sentinel for i in prompt)
 
     if cfg.beams > 1:
-        answers = [beam_search(model, prompt, cfg.beams, cfg.max_new_tokens)]
+        answers = [beam_search(model, prompt, cfg.beams, cfg.max_new_tokens, **sees)]
     elif cfg.num_samples > 1:
-        steps = list(model.generate([prompt] * cfg.num_samples, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, cfg.seed))
+        if pictures:
+            sees = dict(images=model.see(pictures * cfg.num_samples)[0])
+        steps = list(model.generate([prompt] * cfg.num_samples, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, cfg.seed, **sees))
         answers = [[step[b] for step in steps if step[b] is not None] for b in range(cfg.num_samples)]
     else:
         answers, printer = [[]], Printer(prompt, tokenizer, holes, objective == "seq2seq")
-        for step in model.generate([prompt], cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, cfg.seed):
+        for step in model.generate([prompt], cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, cfg.seed, **sees):
             printer.add(step[0])
             answers[0].append(step[0])
         printer.finish()
@@ -237,7 +293,7 @@ def main():
         print(tokenizer.decode([i for ids, _ in pieces for i in ids]))
     if cfg.show_attention:
         answer = answers[0] + [tokenizer.eos]
-        weights = cross_attention(model, prompt, answer).mean(1)  # (layers, answer, source)
+        weights = cross_attention(model, prompt, answer, **sees).mean(1)  # (layers, answer, source)
         weights = weights.mean(0) if cfg.attention_layer is None else weights[cfg.attention_layer]
         draw_attention(weights.cpu().numpy(), prompt, answer, tokenizer, cfg.show_attention)
 

@@ -24,6 +24,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from datetime import timedelta
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -102,6 +103,7 @@ class Settings:
     dtype: str = setting("auto", "of the matrix products (weights stay float32)", ("auto", "float32", "bfloat16"))
     compile: str = setting("auto", "torch.compile of each kind of layer; auto: on CUDA, and on a CPU with a C++ compiler for runs of minutes", ("auto", "true", "false"))
     threads: int = setting(0, "CPU threads; 0 is torch's own choice")
+    own: ClassVar = None  # where run.json has the keys that only another script knows
 
 
 DEFAULTS = {
@@ -214,7 +216,7 @@ def make_optimizers(model, cfg, dtype, log):
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
-        kind = vectors if p.ndim < 2 else embeddings if name.startswith(("embed", "head")) else matrices
+        kind = vectors if p.ndim < 2 else embeddings if name.startswith("head") or ".embed" in f".{name}" else matrices
         kind.append((name, p))
     device = next(model.parameters()).device
     groups = [dict(params=[p for _, p in embeddings], lr=cfg.embed_lr, weight_decay=0.0),
@@ -656,8 +658,9 @@ def load_run(cfg):
     if not cfg.out:
         raise UserError("--init_from=resume needs --out=FOLDER of the run")
     old, kind = read_record(cfg.out), type(cfg)
-    values = old["settings"] | old.get("distill", {})
-    if (kind is Settings) == ("distill" in old):
+    own = next((key for key in ("distill", "vision") if key in old), None)
+    values = old["settings"] | old.get(own, {})
+    if kind.own != own:
         raise UserError(f"{cfg.out} is not a run of {os.path.basename(sys.argv[0])}: resume it with the script that began it, as {cfg.out}/run.json says")
     try:
         settings = Settings(**values) if kind is Settings else kind(**{field.name: values[field.name] for field in fields(kind)})
@@ -745,7 +748,7 @@ def answers(model, pairs, rows, max_new_tokens, batch_rows, world):
     groups = [order[i:i + batch_rows] for i in range(0, len(order), batch_rows)]
     found = {}
     for group in tqdm(groups[world.rank::world.size], desc="answering", unit="batch", leave=False, disable=world.rank > 0 or len(groups) < 3):
-        steps = list(model.generate([pairs.prompt(row) for row in group], max_new_tokens))
+        steps = list(model.generate([pairs.prompt(row) for row in group], max_new_tokens, **pairs.shown(model, group)))
         for b, row in enumerate(group):
             found[row] = pairs.tokenizer.decode([step[b] for step in steps if step[b] is not None])
     found = {row: text for part in world.gather(found) for row, text in part.items()}
@@ -764,7 +767,7 @@ def pair_losses(model, pairs, rows, batch_rows, world):
         for k, sources in enumerate((None, [others[row] for row in group])):
             batch = to_device(pairs.batch(group, sources), world.device)
             with world.precision():
-                sums[k] += model(*batch, reduction="sum")[1].item()
+                sums[k] += model(*batch, reduction="sum", **pairs.shown(model, sources or group))[1].item()
         sums[2] += int(batch[3].sum())
     true, shuffled, n = world.sum(*sums)
     return dict(val_loss=true / n, shuffled_loss=shuffled / n)
@@ -781,11 +784,11 @@ class Finetuning(Job):
 
     def __init__(self, cfg, world, say):
         self.cfg, self.world = cfg, world
-        self.task = load_task(cfg.data, cfg.source_col, cfg.target_col, cfg.skip_bad, say)
+        self.task = self.load_task(say)
         rows = self.task.splits
         self.tokenizer = self.make_tokenizer(rows["train"])
-        self.pairs = {split: Pairs(rows[split], self.tokenizer, cfg.src_len, cfg.tgt_len, cfg.arch == "dec") for split in ("train", "val")}
-        digest = hashlib.sha256(json.dumps([rows["train"], rows["val"], self.tokenizer.hash()]).encode())
+        self.pairs = {split: self.make_pairs(rows[split]) for split in ("train", "val")}
+        digest = hashlib.sha256(json.dumps([rows["train"], rows["val"], self.tokenizer.hash()], default=repr).encode())
         self.hash, self.lengths = digest.hexdigest()[:12], self.pairs["train"].lengths.mean(0).round().astype(int)
         if cfg.arch == "dec":
             self.lengths = np.array([0, self.lengths.sum() + 1])
@@ -795,6 +798,12 @@ class Finetuning(Job):
             say(f"{self.task.name}, {split}: {pairs.describe()}")
         say(f"{len(self.order.plan(0)):,} steps an epoch; {self.order.padding():.1%} of the computed positions are padding")
         self.best = next(iter(score(self.task, ["x"], rows["val"][:1])))  # the task's own metric comes first
+
+    def load_task(self, say):
+        return load_task(self.cfg.data, self.cfg.source_col, self.cfg.target_col, self.cfg.skip_bad, say)
+
+    def make_pairs(self, rows):
+        return Pairs(rows, self.tokenizer, self.cfg.src_len, self.cfg.tgt_len, self.cfg.arch == "dec")
 
     def make_tokenizer(self, rows):
         return train_pair_tokenizer(rows, self.cfg.vocab_size) if self.cfg.tokenizer == "bpe" else load_tokenizer(self.cfg.tokenizer)
@@ -819,8 +828,9 @@ class Finetuning(Job):
         metrics = pair_losses(model, pairs, rows, 32, self.world)
         if step:  # before that, answers are noise that takes long to make
             texts = answers(model, pairs, rows, self.cfg.tgt_len, 128, self.world)
-            metrics |= score(self.task, texts, [self.task.splits["val"][row] for row in rows])
-            source, target = (self.task.splits["val"][rows[0]][side] for side in ("source", "target"))
+            held_out = [pairs.rows[row] for row in rows]
+            metrics |= score(self.task, texts, held_out)
+            source, target = (held_out[0][side] for side in ("source", "target"))
             say(f"--- source: {source[:300]}\n>>> {texts[0][:300]}\n=== {target[:300]}\n---")
         model.train()
         return metrics

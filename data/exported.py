@@ -32,7 +32,7 @@ def rope_table(slots, head_dim, theta, stretch=1.0):
 class Exported:
     """The model of a folder. `generate` is that of model.Transformer."""
 
-    def __init__(self, folder, threads=0, device="cpu", graphs=("encoder", "prefill", "decoder"), in_order=False):
+    def __init__(self, folder, threads=0, device="cpu", graphs=("vision", "encoder", "prefill", "decoder"), in_order=False):
         try:
             import onnxruntime
         except ImportError:
@@ -57,15 +57,31 @@ class Exported:
                 return onnxruntime.InferenceSession(os.path.join(folder, f"{name}.onnx"), options, providers=providers)
             except Exception as error:  # onnxruntime raises kinds of its own for what it cannot load
                 raise UserError(f"{folder}/{name}.onnx cannot be loaded ({type(error).__name__}: {str(error)[:200]}): export it again") from None
-        self.encoder, self.prefill, self.decoder = map(session, ("encoder", "prefill", "decoder"))
+        self.vision, self.encoder, self.prefill, self.decoder = map(session, ("vision", "encoder", "prefill", "decoder"))
 
     def value(self, array):
         """An array where the sessions want it; on a CPU its own memory, so that what is written later is seen."""
         return self.ort.OrtValue.ortvalue_from_numpy(array, self.device)
 
-    def encode(self, prompts):
+    def see(self, pictures):
+        """Pictures (data/images.py) -> their tokens (N, C), and each one's order, as vision.VisionLM.see."""
+        from data.images import VisionConfig, in_table, token_orders
+        cfg, names = VisionConfig(**self.about["vision"]), [item.name for item in self.vision.get_outputs()]
+        table, *scores = self.vision.run(names, dict(tiles=np.concatenate([picture.tiles for picture in pictures])))
+        orders = token_orders(pictures, cfg, *scores)
+        return table[in_table(orders, pictures, cfg)], orders
+
+    def places(self, tokens, images):
+        """What a graph is fed of pictures: their tokens `images` (N, C), None for none, and where they stand among the flattened tokens."""
+        here = np.flatnonzero(tokens == self.config.image_id) if images is not None else np.zeros(0, np.int64)
+        images = np.zeros((0, self.config.n_embd), self.float) if images is None else images.astype(self.float)
+        if len(here) != len(images):
+            raise UserError(f"the texts have {len(here)} placeholders for tokens of pictures, and the pictures have {len(images)}")
+        return dict(images=images, at=here[:, None].astype(np.int64))
+
+    def encode(self, prompts, images=None):
         """Lists of ids -> (memory, lengths): every decoder layer's cross-attention keys and values, (B, H_kv, S, D) each, by name,
-        and the sources' lengths (B,)."""
+        and the sources' lengths (B,). `images` (N, C): tokens of pictures, for the placeholders among the ids."""
         cfg = self.config
         lengths = np.array([max(1, len(prompt)) for prompt in prompts])  # an empty source lets its first padding be seen
         width = int(lengths.max())
@@ -73,6 +89,7 @@ class Exported:
         feeds = dict(tokens=tokens, last=(lengths - 1).astype(np.int32), total=np.array(width, np.int32),
                      **self.rope(width, np.array([len(prompt) for prompt in prompts]) / cfg.src_len))
         feeds |= dict(positions=feeds["rows"][:, None] + np.arange(width), cross_positions=np.arange(width)[None] + 0 * lengths[:, None])
+        feeds |= self.places(tokens, images) if self.vision else {}
         binding = self.encoder.io_binding()
         for name in (item.name for item in self.encoder.get_inputs()):
             binding.bind_ortvalue_input(name, self.value(feeds[name]))
@@ -91,7 +108,7 @@ class Exported:
         plain_cos, plain_sin = (part.astype(self.float) for part in rope_table(slots, cfg.head_dim, cfg.rope_theta))
         return dict(cos=cos, sin=sin, cross_cos=plain_cos, cross_sin=plain_sin, rows=which.reshape(-1) * slots)
 
-    def start(self, prompts, max_new_tokens, prefix=None):
+    def start(self, prompts, max_new_tokens, prefix=None, images=None):
         """Reads the prompts, with room for max_new_tokens more -> (Request, logits (B, V) of the first new token)."""
         cfg = self.config
         if max_new_tokens < 1 or not prompts:
@@ -101,19 +118,20 @@ class Exported:
             heads = [[*prompt, *head] for prompt, head in zip(prompts, heads)]
         if bad := [id for ids in (*prompts, *heads) for id in ids if not 0 <= id < cfg.vocab_size]:
             raise UserError(f"token id {bad[0]} is outside the model's vocabulary of {cfg.vocab_size}")
-        memory = self.encode(prompts) if cfg.n_enc else ({}, None)
+        sees = {} if images is None else dict(images=images)
+        memory = self.encode(prompts, **sees) if cfg.n_enc else ({}, None)
         request = self.request([1 + len(head) for head in heads], max_new_tokens, *memory)
         width = 1 + max(map(len, heads))
         tokens = np.array([[cfg.bos_id, *head, *[cfg.pad_id] * (width - 1 - len(head))] for head in heads], dtype=np.int64)
         lengths = np.array([1 + len(head) for head in heads])
-        return request, request.feed(tokens, lengths, np.arange(len(heads)) * width + lengths - 1)
+        return request, request.feed(tokens, lengths, np.arange(len(heads)) * width + lengths - 1, **({} if cfg.n_enc else sees))
 
     def request(self, lengths, max_new_tokens, memory, src_lengths):
         return Request(self, lengths, max_new_tokens, memory, src_lengths)
 
-    def generate(self, prompts, max_new_tokens, temperature=0.0, top_k=0, top_p=1.0, seed=0, prefix=None):
+    def generate(self, prompts, max_new_tokens, temperature=0.0, top_k=0, top_p=1.0, seed=0, prefix=None, images=None):
         """Continues B prompts at once, streaming: yields, per step, a list of B new ids, None for rows that have ended."""
-        request, logits = self.start(prompts, max_new_tokens, prefix)
+        request, logits = self.start(prompts, max_new_tokens, prefix, images)
         rngs = [np.random.default_rng(seed + b) for b in range(len(prompts))]
         ended = np.zeros(len(prompts), dtype=bool)
         for step in range(max_new_tokens):
@@ -148,9 +166,9 @@ class Request:
         for name, value in fixed.items():
             self.binding.bind_ortvalue_input(name, value)
 
-    def feed(self, tokens, lengths, keep):
+    def feed(self, tokens, lengths, keep, images=None):
         """Reads `lengths` (B,) of the tokens (B, T), of each row behind what it has -> logits (len(keep), V) at the positions `keep` of
-        the flattened tokens. With more than one row, more than one token may only come first."""
+        the flattened tokens. `images`: as in `encode`, for a model without an encoder. With more than one row, more than one token may only come first."""
         self.filled += lengths
         width = tokens.shape[1]
         before = self.filled - lengths
@@ -158,6 +176,8 @@ class Request:
                      total=np.array(before.max() + width, np.int32), keep=keep.astype(np.int64))
         if "cross_positions" in self.inputs:
             feeds["cross_positions"] = before[:, None] + np.arange(width)
+        if "images" in self.inputs:
+            feeds |= self.model.places(tokens, images)
         logits = np.empty((len(keep), self.model.config.vocab_size), self.model.float)
         for name, array in feeds.items():
             self.binding.bind_ortvalue_input(name, self.model.ort.OrtValue.ortvalue_from_numpy(array))
@@ -186,10 +206,10 @@ class Static(Exported):
         found = self.run("encoder", dict(tokens=tokens, mask=self.masked(seen[None])) | self.rope_at(np.arange(S), len(prompt) / self.config.src_len))
         return found | dict(source=self.ort.OrtValue.ortvalue_from_numpy(self.masked(seen[None]))), np.array([len(prompt)])
 
-    def start(self, prompts, max_new_tokens, prefix=None):
+    def start(self, prompts, max_new_tokens, prefix=None, images=None):
         if len(prompts) > 1:
             raise UserError(f"a static export answers one prompt at a time, not {len(prompts)}")
-        return super().start(prompts, max_new_tokens, prefix)
+        return super().start(prompts, max_new_tokens, prefix, images)
 
     def request(self, lengths, max_new_tokens, memory, src_lengths):
         return StaticRequest(self, lengths, max_new_tokens, memory)

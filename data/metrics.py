@@ -84,6 +84,103 @@ def score_names(predictions, rows):
     return dict(f1=mean(words_f1(*pair) for pair in pairs), exact=100 * right / max(1, sum(len(names) for _, names in pairs)))
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Of questions about pictures
+
+def rouge_lsum(predictions, references):
+    """ROUGE-Lsum, what the paper's table 3 shows: the longest common subsequences line by line, their union scored."""
+    from rouge_score.rouge_scorer import RougeScorer
+    scorer = RougeScorer(["rougeLsum"], use_stemmer=True)
+    return mean(scorer.score(reference, prediction)["rougeLsum"].fmeasure for prediction, reference in zip(predictions, references))
+
+
+def score_exact(predictions, rows):
+    return dict(exact=exact(predictions, targets(rows)), rouge_lsum=rouge_lsum(predictions, targets(rows)))
+
+
+def edits(a, b):
+    """Levenshtein distance: the fewest characters to insert, delete or change."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        last, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            last, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, last + (x != y))
+    return row[-1]
+
+
+def score_reading(predictions, rows):
+    """exact, and the share of characters that stand right (1 - edits over the reference's length, at least 0)."""
+    right = mean(max(0.0, 1 - edits(p, r) / max(1, len(r))) for p, r in zip(predictions, targets(rows)))
+    return dict(rouge_lsum=rouge_lsum(predictions, targets(rows)), exact=exact(predictions, targets(rows)), characters=right)
+
+
+def score_anls(predictions, rows):
+    """Average normalized Levenshtein similarity (Biten et al., 2019), DocVQA's: of the nearest answer, 0 where over half of the characters differ."""
+    def similarity(a, b):
+        a, b = " ".join(a.lower().split()), " ".join(b.lower().split())
+        distance = edits(a, b) / max(1, len(a), len(b))
+        return 1 - distance if distance < 0.5 else 0.0
+    return dict(anls=mean(max(similarity(p, answer) for answer in row.get("answers") or [row["target"]]) for p, row in zip(predictions, rows)),
+                exact=exact(predictions, targets(rows)), rouge_lsum=rouge_lsum(predictions, targets(rows)))
+
+
+def number(text):
+    """A number as charts write it ("1,204", "12.5%"); None for what is none."""
+    text = text.strip().replace(",", "")
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        return None
+    return value if value == value and abs(value) != float("inf") else None
+
+
+def relaxed(prediction, target):
+    """ChartQA's (Masry et al., 2022): a number may be off by 5%, a text must be the same but for its case."""
+    said, right = number(prediction), number(target)
+    if said is None or right is None or right == 0:
+        return " ".join(prediction.lower().split()) == " ".join(target.lower().split()) or (said is not None and said == right)
+    return abs(said - right) <= 0.05 * abs(right)
+
+
+def score_relaxed(predictions, rows):
+    """relaxed, over all rows and, where they have a `kind`, over those of each; exact."""
+    right = [relaxed(p, r) for p, r in zip(predictions, targets(rows))]
+    kinds = sorted({row["kind"] for row in rows if "kind" in row})
+    return dict(relaxed=mean(right), exact=exact(predictions, targets(rows)), rouge_lsum=rouge_lsum(predictions, targets(rows)),
+                **{f"relaxed_{kind}": mean(r for r, row in zip(right, rows) if row.get("kind") == kind) for kind in kinds})
+
+
+CONTRACTIONS = {word.replace("'", ""): word for word in (
+    "ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's i'd i'm i've isn't it'd it'll let's ma'am might've "
+    "mightn't must've mustn't needn't not've o'clock oughtn't shan't she's should've shouldn't somebody's someone's something's that'd that's there'd there're there's "
+    "they'd they'll they're they've 'twas wasn't we've weren't what'll what're what's what've when's where'd where's where've who'd who'll who's who've why'll why're why's "
+    "won't would've wouldn't y'all you'd you'll you're you've").split()}
+DIGITS = dict(zip("none zero one two three four five six seven eight nine ten".split(), "0 0 1 2 3 4 5 6 7 8 9 10".split()))
+
+
+def vqa_words(text):
+    """The VQA evaluation's normalization: lower case, no punctuation (but in numbers), digits for small numbers, no articles."""
+    text = " ".join(text.lower().split())
+    text = re.sub(r"(?<=\d),(?=\d)", "", text)
+    for mark in ";/[]\"{}()=+\\_-><@`,?!":
+        text = text.replace(mark, "" if f"{mark} " in text or f" {mark}" in text else " ")
+    text = re.sub(r"(?<!\d)\.(?!\d)", "", text)
+    words = [DIGITS.get(word, word) for word in text.split()]
+    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ("a", "an", "the"))
+
+
+def score_vqa(predictions, rows):
+    """VQA accuracy (Antol et al., 2015): an answer that three people gave is right, one that fewer did in part; the mean over all choices of nine of the ten."""
+    def right(prediction, answers):
+        said, same = vqa_words(prediction), [vqa_words(answer) for answer in answers]
+        if len(same) == 1:
+            return float(said == same[0])
+        same = [said == answer for answer in same]
+        return sum(min(1.0, (sum(same) - own) / 3) for own in same) / len(same)
+    return dict(vqa=mean(right(p, row.get("answers") or [row["target"]]) for p, row in zip(predictions, rows)),
+                exact=exact(predictions, targets(rows)), rouge_lsum=rouge_lsum(predictions, targets(rows)))
+
+
 UNANSWERABLE = "unanswerable"  # what a model is taught to say where a SQuAD 2.0 question has no answer
 
 

@@ -8,10 +8,19 @@ from data.cli import UserError
 from data.objectives import join, pad_rows
 from data.tokenizer import train_tokenizer
 
+IMAGE = "<image>"  # in a text: here stands a picture
+
 
 def train_pair_tokenizer(rows, vocab_size):
     """A vocabulary trained on the sources and targets of a task's training rows."""
     return train_tokenizer((text for row in rows for text in (row["source"], row["target"])), vocab_size)
+
+
+def encode_sources(texts, tokenizer, n_tokens):
+    """Ids of texts in which the k-th IMAGE stands for n_tokens[row][k] tokens of a picture."""
+    parts = [text.split(IMAGE) for text in texts]
+    ids = iter(tokenizer.encode_batch([part for row in parts for part in row]))
+    return [[id for k in range(len(row)) for id in [*([tokenizer.image] * counts[k - 1] if k else []), *next(ids)]] for row, counts in zip(parts, n_tokens)]
 
 
 class Pairs:
@@ -22,8 +31,9 @@ class Pairs:
     with the loss on the target alone."""
 
     def __init__(self, rows, tokenizer, src_len, tgt_len, decoder_only):
-        self.tokenizer, self.decoder_only = tokenizer, decoder_only
-        sources, targets = (tokenizer.encode_batch([row[side] for row in rows]) for side in ("source", "target"))
+        self.rows, self.tokenizer, self.decoder_only = rows, tokenizer, decoder_only
+        sources, targets = self.encode(rows), tokenizer.encode_batch([row["target"] for row in rows])
+        self.tgt_len = tgt_len
         self.room = room = src_len - 1 - decoder_only  # for the end and the separator
         if room < 1 or tgt_len < 2:
             raise UserError(f"--src_len={src_len} --tgt_len={tgt_len} leave no room for a source and a target")
@@ -34,6 +44,13 @@ class Pairs:
 
     def __len__(self):
         return len(self.sources)
+
+    def encode(self, rows):
+        return self.tokenizer.encode_batch([row["source"] for row in rows])
+
+    def shown(self, model, rows):
+        """What the model is given beside the ids of these rows, by keyword: pictures, where there are any."""
+        return {}
 
     def describe(self):
         src, tgt = self.lengths.mean(0)

@@ -208,8 +208,9 @@ def rows_of(records, task, where, skip_bad, log):
             if isinstance(record, ValueError):
                 raise record
             known.update(record)
-            row = task.read(record) if task.read else dict(zip(("source", "target"), (record[column] for column in task.columns)))
-            for name in ("source", "target"):
+            found = task.read(record) if task.read else dict(zip(("source", "target"), (record[column] for column in task.columns)))
+            found = found if isinstance(found, list) else [found]
+            for row, name in ((row, name) for row in found for name in ("source", "target")):
                 if not isinstance(row[name], str):
                     raise ValueError(f"its {name} is {type(row[name]).__name__}, not text")
                 if not row[name].strip():
@@ -218,7 +219,7 @@ def rows_of(records, task, where, skip_bad, log):
                     row[name].encode()
                 except UnicodeEncodeError:
                     raise ValueError(f"its {name} holds half of a character (a lone surrogate)") from None
-            rows.append(row)
+            rows += found
         except KeyError as error:
             bad.append((number, f"column {error} is missing"))
         except (ValueError, TypeError) as error:
@@ -305,6 +306,11 @@ def load_task(name, source_col=None, target_col=None, skip_bad=False, log=print)
     else:
         found = {split: [(f"{path or task.hub}, {split}", records)] for split, records in hub_records(path or task.hub, kind).items()}
     task.splits = {split: [row for where, records in parts for row in rows_of(records, task, where, skip_bad, log)] for split, parts in found.items()}
+    return hold_out(task, name)
+
+
+def hold_out(task, name):
+    """Sees to it that a task has rows to train on, and some that are held out."""
     if not task.splits.get("train"):
         raise UserError(f"--data={name}: there are no rows to train on")
     if not task.splits.get("val"):

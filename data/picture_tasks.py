@@ -1,0 +1,359 @@
+"""Tasks whose sources have pictures, as rows and as batches. Needs no torch.
+
+A row is a dict with `source`, in which every <image> stands for a picture, `target`, `images` (what `load` opens: a path, bytes, a drawing of
+data/pictures.py, a place in a data set), and where a question has several right answers `answers`.
+
+`--data` names a built-in task (shapes, docs, charts: drawn on the spot), a data set of the paper from the Hub, TASK:PATH (a local copy with the same
+columns), or a .jsonl, .csv or .parquet file with the columns image, source and target.
+"""
+import json
+import os
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from data import metrics
+from data.cli import UserError
+from data.corpus import split_files
+from data.images import n_tokens, open_image, prepare_image
+from data.pairs import IMAGE, Pairs, encode_sources
+from data.pictures import Drawn, draw_charts_once, picture_rows
+from data.tasks import VAL_EVERY, Task, hold_out, json_lines, rows_of
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Records of a data set -> rows. The columns are those of the published data sets.
+
+
+def of_pair(record):
+    """image, source, target: the columns of one's own data."""
+    images = record["image"] if isinstance(record["image"], list) else [record["image"]]
+    return [dict(source=record["source"], target=record["target"], images=images)]
+
+
+def of_conversation(record):
+    """LLaVA's: every answer is a target, and what was said before it its source."""
+    said, rows = "", []
+    images = [record["image"]] if record.get("image") is not None else []
+    for turn in record["conversations"]:
+        if turn["from"] == "human":
+            said += turn["value"].strip()
+        else:
+            rows.append(dict(source=said, target=turn["value"].strip(), images=images))
+            said += "\n" + turn["value"].strip() + "\n"
+    return rows
+
+
+def of_messages(record):
+    """UReader's: a list of pictures, and turns of a user and an assistant. Its texts mark a picture as <|image|>."""
+    images = record["image"] if isinstance(record["image"], list) else [record["image"]]
+    said, rows = "", []
+    for message in record["messages"]:
+        content = message["content"]
+        text = content if isinstance(content, str) else "".join(IMAGE if part["type"] == "image" else part["text"] for part in content)
+        text = text.replace("<|image|>", IMAGE).strip()
+        if message["role"] == "assistant":
+            rows.append(dict(source=said.strip(), target=text, images=images))
+        said += text + "\n"
+    return rows
+
+
+def of_synthdog(record):
+    text = json.loads(record["ground_truth"])["gt_parse"]["text_sequence"]
+    return [dict(source=f"{IMAGE}Read it.", target=text, images=[record["image"]])]
+
+
+def of_chartqa(record):
+    label = record["label"]
+    return [dict(source=f"{IMAGE}{record['query']}", target=label[0] if isinstance(label, list) else label, images=[record["image"]])]
+
+
+def of_vqa(record):
+    """TextVQA, VQAv2, DocVQA: several people's answers, as texts or as records with `answer`; the commonest is the target."""
+    answers = [answer["answer"] if isinstance(answer, dict) else answer for answer in record["answers"]]
+    target = record.get("multiple_choice_answer") or max(answers, key=answers.count)
+    return [dict(source=f"{IMAGE}{record['question']}", target=target, answers=answers, images=[record["image"]])]
+
+
+def of_choices(record):
+    """AI2D: the number of the right option."""
+    options = "".join(f"\n{letter}. {option}" for letter, option in zip("ABCDEFGH", record["options"]))
+    return [dict(source=f"{IMAGE}{record['question']}{options}", target="ABCDEFGH"[int(record["answer"])], images=[record["image"]])]
+
+
+def of_question(record):
+    """GQA, with its pictures joined."""
+    return [dict(source=f"{IMAGE}{record['question']}", target=record["answer"], images=[record["image"]])]
+
+
+def of_regions(record):
+    """Visual Genome: questions about a picture, or phrases for parts of it."""
+    if "qas" in record:
+        return [dict(source=f"{IMAGE}{pair['question']}", target=pair["answer"], images=[record["image"]]) for pair in record["qas"]]
+    return [dict(source=f"{IMAGE}What is at {r['x']}, {r['y']}, {r['width']} wide and {r['height']} high?", target=r["phrase"], images=[record["image"]])
+            for r in record["regions"]]
+
+
+@dataclass
+class PictureTask(Task):
+    drawn: str | None = None        # of data/pictures.py
+    config: str | None = None       # of the Hub data set
+    join: tuple | None = None       # (configuration with the pictures, its key, our key): the Hub keeps them apart
+
+
+def of_hub(about, score, hub, read, **more):
+    return PictureTask(about, score, hub, read=read, **more)
+
+
+TASKS = {
+    "shapes": PictureTask("shapes on a ground -> what is there", metrics.score_exact, drawn="shapes"),
+    "docs": PictureTask("a line or two of text -> the text", metrics.score_reading, drawn="docs"),
+    "charts": PictureTask("a bar chart and a question -> a value, a name, a colour", metrics.score_relaxed, drawn="charts"),
+    "llava-pretrain": of_hub("a picture -> its caption (stage align)", metrics.score_reading, "liuhaotian/LLaVA-Pretrain", of_conversation),
+    "llava-instruct": of_hub("a picture and a question -> an answer (stage instruct)", metrics.score_reading, "liuhaotian/LLaVA-Instruct-150K", of_conversation),
+    "ureader": of_hub("documents and questions (stage ocr)", metrics.score_anls, "Mizukiluke/ureader-instruction-1.0", of_messages),
+    "synthdog": of_hub("a drawn document -> its text (stage ocr)", metrics.score_reading, "naver-clova-ix/synthdog-en", of_synthdog),
+    "chartqa": of_hub("a chart and a question -> an answer", metrics.score_relaxed, "HuggingFaceM4/ChartQA", of_chartqa),
+    "textvqa": of_hub("a photograph and a question on its text -> an answer", metrics.score_vqa, "lmms-lab/textvqa", of_vqa),
+    "vqav2": of_hub("a photograph and a question -> an answer", metrics.score_vqa, "lmms-lab/VQAv2", of_vqa),
+    "docvqa": of_hub("a document and a question -> an answer", metrics.score_anls, "lmms-lab/DocVQA", of_vqa, config="DocVQA"),
+    "ai2d": of_hub("a diagram, a question and options -> the letter of one", metrics.score_exact, "lmms-lab/ai2d", of_choices),
+    "gqa": of_hub("a photograph and a question -> a word", metrics.score_exact, "lmms-lab/GQA", of_question, config="train_balanced_instructions",
+                  join=("train_balanced_images", "id", "imageId")),
+    "vg": of_hub("Visual Genome: a photograph and a question -> an answer", metrics.score_reading, "ranjaykrishna/visual_genome", of_regions, config="question_answers_v1.2.0"),
+    "pictures": PictureTask("any data set with the columns image, source and target", metrics.score_reading, read=of_pair),
+}
+
+
+def is_picture_task(name):
+    return name.split(":")[0] in TASKS
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where pictures lie
+
+@dataclass(frozen=True)
+class Held:
+    """A picture inside a data set of the `datasets` library: read when it is asked for."""
+    records: Any
+    column: str
+    number: int
+
+    def load(self):
+        value = self.records[self.number][self.column]
+        return value["bytes"] or value["path"] if isinstance(value, dict) else value
+
+    def __repr__(self):  # goes into the hash of the rows
+        return f"{self.column} of {self.number}"
+
+
+def load(ref, where):
+    """The PIL image of an entry of a row's `images`."""
+    if isinstance(ref, (Drawn, Held)):
+        ref = ref.load()
+    if isinstance(ref, dict):
+        ref = ref.get("bytes") or ref.get("path")
+    return open_image(ref, where)
+
+
+def size_of(ref, where):
+    """Its (width, height), from the file's header alone where that is enough."""
+    if isinstance(ref, Drawn):
+        return ref.size()
+    if isinstance(ref, str):
+        try:
+            with Image.open(ref) as image:
+                turned = image.getexif().get(0x0112, 1) >= 5
+                if image.width * image.height <= Image.MAX_IMAGE_PIXELS:
+                    return image.size[::-1] if turned else image.size
+        except Exception:  # whatever it is, opening it whole says it better
+            pass
+    return load(ref, where).size
+
+
+def undecoded(records):
+    """A data set whose columns of pictures give bytes and paths."""
+    import datasets
+    for name, feature in records.features.items():
+        if isinstance(feature, datasets.Image):
+            records = records.cast_column(name, datasets.Image(decode=False))
+    return records
+
+
+def records_of(records, task, images_of=None):
+    """Records of a `datasets` data set, with their pictures as references."""
+    import datasets
+    records = undecoded(records)
+    held = [name for name, feature in records.features.items() if isinstance(feature, datasets.Image) or (
+        name == "image" and isinstance(feature, dict) and "bytes" in feature)]
+    for number, record in enumerate(records.remove_columns(held)):
+        record = dict(record) | {name: Held(records, name, number) for name in held}
+        if images_of is not None:
+            record["image"] = images_of[record[task.join[2]]]
+        yield record
+
+
+def from_hub(name, task):
+    """split -> [(where, records)]."""
+    import datasets
+    names = {"train": "train", "validation": "val", "val": "val", "valid": "val", "dev": "val", "testdev": "val", "test": "test"}
+    try:
+        found = datasets.load_dataset(name, task.config)
+        images = {}
+        if task.join:
+            for part in datasets.load_dataset(name, task.join[0]).values():
+                part = undecoded(part)
+                images |= {key: Held(part, "image", number) for number, key in enumerate(part[task.join[1]])}
+    except Exception as error:  # no network, no such data set: the library and those below it raise their own kinds
+        raise UserError(f"the Hub data set {name} could not be reached ({type(error).__name__}); to use a local copy, pass its path: --data={task.name}:PATH") from None
+    return {names[split]: [(f"{name}, {split}", records_of(found[split], task, images if task.join else None))] for split in found if split in names}
+
+
+def from_path(path, task):
+    """split -> [(where, records)] of a local file or folder. Paths of pictures inside are taken from the folder that the file lies in."""
+    import datasets
+    if path.endswith(".json"):  # LLaVA's: one list
+        splits, kind = {"train": [path]}, "list"
+    else:
+        splits, kind = split_files(path)
+    found = {}
+    for split, files in splits.items():
+        for file in files:
+            if kind == "parquet":
+                try:
+                    records = records_of(datasets.load_dataset("parquet", data_files=[file], split="train"), task)
+                except Exception as error:  # the readers behind `datasets` raise their own kinds
+                    raise UserError(f"reading {file} failed: {str(error.__cause__ or error).splitlines()[0]}") from None
+            elif kind == "csv":
+                records = (dict(record) for record in datasets.load_dataset("csv", data_files=[file], split="train"))
+            elif kind == "list":
+                with open(file, encoding="utf-8") as f:
+                    try:
+                        records = json.load(f)
+                    except ValueError as error:
+                        raise UserError(f"{file} is not JSON ({error})") from None
+            elif kind == "json":
+                records = json_lines(file)
+            else:
+                raise UserError(f"--data={path}: rows with pictures come as .json, .jsonl, .csv or .parquet")
+            found.setdefault(split, []).append((file, placed(records, os.path.dirname(file))))
+    return found
+
+
+def placed(records, folder):
+    """Makes relative paths of pictures absolute."""
+    def full(ref):
+        return os.path.join(folder, ref) if isinstance(ref, str) else ref
+    for record in records:
+        if isinstance(record, dict) and "image" in record:
+            image = record["image"]
+            record = record | dict(image=[full(ref) for ref in image] if isinstance(image, list) else full(image))
+        yield record
+
+
+def check_row(row):
+    n = row["source"].count(IMAGE)
+    if n == 0 and row["images"]:
+        row["source"], n = IMAGE * len(row["images"]) + row["source"], len(row["images"])
+    if n != len(row["images"]):
+        raise ValueError(f"its source has {n} {IMAGE} and it has {len(row['images'])} pictures")
+    return row
+
+
+def load_picture_task(name, skip_bad=False, log=print):
+    """The PictureTask of --data with its rows. Raises UserError for what is not there, cannot be reached or cannot be used."""
+    kind, _, path = name.partition(":") if is_picture_task(name) else ("pictures", "", name)
+    task = replace(TASKS[kind], name=kind, splits={})
+    if task.drawn:
+        if path:
+            raise UserError(f"--data={name}: {kind} is drawn on the spot and takes no path")
+        task.splits = picture_rows(kind)
+        if kind == "charts":
+            draw_charts_once()
+        return task
+    if path and not os.path.exists(path) and (kind != "pictures" or path.count("/") != 1 or path[0] in "./~" or os.path.splitext(path)[1]):
+        raise UserError(f"--data={name}: no such file or folder, and no task with pictures ({', '.join(TASKS)})")
+    if not path and not task.hub:
+        raise UserError(f"--data={name} needs a path: --data={name}:FOLDER")
+    read = task.read
+
+    def many(record):
+        return [check_row(row) for row in read(record)]
+    found = from_path(path, task) if path and os.path.exists(path) else from_hub(path or task.hub, task)
+    task.splits = {split: [row for where, records in parts for row in rows_of(records, replace(task, read=many), where, skip_bad, log)]
+                   for split, parts in found.items()}
+    if not task.splits.get("val") and task.splits.get("train"):  # by pictures, not by questions about them
+        rows = {}
+        for row in task.splits["train"]:
+            rows.setdefault(repr(row["images"]), []).append(row)
+        groups = list(rows.values())
+        if len(groups) >= VAL_EVERY:
+            task.splits["val"] = [row for group in groups[VAL_EVERY - 1::VAL_EVERY] for row in group]
+            task.splits["train"] = [row for i, group in enumerate(groups) if i % VAL_EVERY != VAL_EVERY - 1 for row in group]
+    return hold_out(task, name)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows as batches
+
+class PicturePairs(Pairs):
+    """Pairs whose sources have pictures, each as long as its number of tokens. A source that is too long loses the end of its text, never part
+    of a picture. `blank` shows a grey one in the place of each."""
+
+    blank = False
+
+    def __init__(self, rows, tokenizer, src_len, tgt_len, decoder_only, vision, skip_bad=False, log=print):
+        self.vision, self.skip_bad, self.rows, sizes, kept = vision, skip_bad, rows, {}, []
+        bar = tqdm(rows, desc="sizes of pictures", leave=False, disable=len(rows) < 20000)
+        for number, row in enumerate(bar):
+            try:
+                for ref in row["images"]:
+                    if id(ref) not in sizes:
+                        sizes[id(ref)] = size_of(ref, f"the picture of row {number + 1}")
+                kept.append(row)
+            except UserError:
+                if not skip_bad:
+                    raise
+        if len(kept) < len(rows):
+            log(f"{len(rows) - len(kept)} rows have pictures that cannot be read and were left out")
+        self.rows, self.sizes = kept, [[sizes[id(ref)] for ref in row["images"]] for row in kept]
+        self.n_tokens = [[n_tokens(*size, vision) for size in row] for row in self.sizes]
+        super().__init__(self.rows, tokenizer, src_len, tgt_len, decoder_only)
+        for row, (ids, counts) in enumerate(zip(self.sources, self.n_tokens)):
+            if (ids == tokenizer.image).sum() < sum(counts):
+                raise UserError(f"row {row + 1}: its pictures are {sum(counts)} tokens, and --src_len={src_len} has no room for them: raise it, or take fewer "
+                                "with a smaller --grid or --tokens=variance")
+
+    def encode(self, rows):
+        return encode_sources([row["source"] for row in rows], self.tokenizer, self.n_tokens)
+
+    def describe(self):
+        counts = [n for row in self.n_tokens for n in row]
+        pictures = f"; {len(counts):,} pictures of {np.mean(counts):.0f} tokens on average, at most {max(counts)}" if counts else "; no pictures"
+        return super().describe() + pictures
+
+    def pictures(self, rows):
+        """The Pictures of these rows, in order."""
+        found = []
+        for row in rows:
+            for k, (ref, size) in enumerate(zip(self.rows[row]["images"], self.sizes[row])):
+                image = Image.new("RGB", size, (127, 127, 127)) if self.blank else load(ref, f"picture {k + 1} of row {row + 1}")
+                found.append(prepare_image(image, self.vision))
+        return found
+
+    def readable(self, rows):
+        """As `pictures`, with a grey one in the place of each that cannot be read; and which of these rows have such."""
+        found, bad = [], []
+        for k, row in enumerate(rows):
+            try:
+                found += self.pictures([row])
+            except UserError:
+                found += [prepare_image(Image.new("RGB", size, (127, 127, 127)), self.vision) for size in self.sizes[row]]
+                bad.append(k)
+        return found, bad
+
+    def shown(self, model, rows):
+        pictures = self.pictures(rows)
+        return dict(images=model.see(pictures)[0]) if pictures else {}
