@@ -629,7 +629,10 @@ def bench_quality(cfg):
     model, tokenizer = (VisionLM if vision else Transformer).load(cfg.run, device=world.device).eval(), load_tokenizer(cfg.run)
     start = time.perf_counter()
     if vision:
-        found = score_task(model, tokenizer, load_picture_task(data, cfg.skip_bad or settings.skip_bad), settings, cfg, world, vision)
+        task = load_picture_task(data, cfg.skip_bad or settings.skip_bad)
+        if data != settings.data and os.path.isfile(data.partition(":")[2] or data):  # a file of its own: nothing was trained on it
+            task.splits[cfg.eval_split] = [row for rows in task.splits.values() for row in rows]
+        found = score_task(model, tokenizer, task, settings, cfg, world, vision)
     elif is_choice(data):
         found = score_choices(model, tokenizer, settings.objective, load_choices(data, cfg.eval_split), cfg, world)
     elif settings.objective != "seq2seq":

@@ -163,6 +163,7 @@ def in_chunks(function, n_words, *tensors):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Teachers. Each has: tokenizer; n_ids, how many of its ids are real; identity, which tells it from others; n_params; and
+#   forbidden                    ids that no answer may have: placeholders of pictures
 #   prompts(texts, pairs)        what it reads before an answer, for rows of a task: arrays of ids; shown(ids) is one for people
 #   look(rows, pairs)            what it is given of the pictures of these rows, by keyword: for `read` and `write`
 #   read(prompts, answers)       what `head` turns into logits, one row for every token of every answer, in order: (N, ...)
@@ -173,6 +174,7 @@ class OwnTeacher:
     """A decoder-only run of train.py, fine-tuned on the task: it reads source, end, separator, answer."""
     write_rows, read_rows = 128, 32  # at a time, where it does so in advance ...
     step_rows = None                 # ... and within a step: None is all of the step's
+    forbidden = ()
 
     def __init__(self, folder, world, seeing=False):
         if seeing and read_vision(folder) is None:
@@ -190,8 +192,9 @@ class OwnTeacher:
 
     def prompts(self, texts, pairs):
         if isinstance(pairs, PicturePairs):  # it has a tower and tiles of its own
-            room = self.model.config.tgt_len - pairs.tgt_len
+            room = self.model.config.tgt_len - pairs.tgt_len - 1  # for the separator
             pairs = self.pairs = PicturePairs(pairs.rows, self.tokenizer, room, pairs.tgt_len, False, self.model.vision)
+            pairs.skip_bad = True  # a picture that breaks when it is unpacked is named, or skipped, by the student's
         return [np.append(source, self.tokenizer.sep) for source in pairs.sources]
 
     def look(self, rows, pairs):
@@ -216,6 +219,7 @@ class OwnTeacher:
 class ForeignTeacher:
     """A causal language model of `transformers`, or a LoRA adapter of one, merged: it reads its prompt template, then the answer."""
     write_rows, read_rows, step_rows = 16, 8, None
+    forbidden = ()
 
     def __init__(self, name, template, world):
         transformers, folder, self.where = optional("transformers"), name, f"--teacher=hf:{name}"
@@ -319,6 +323,7 @@ class ForeignSeeingTeacher:
         self.n_ids = min(self.tokenizer.n_text, self.model.get_output_embeddings().weight.size(0))
         if self.tokenizer.eos >= self.n_ids:
             raise UserError(f"{self.where}: its tokenizer has no end of sequence (eos_token), so that its answers would not end")
+        self.forbidden = {id for id in [getattr(self.model.config, "image_token_id", None)] if id is not None}
         self.template = (template or ("chat" if getattr(self.processor, "chat_template", None) else "{source}\n")).replace("\\n", "\n")
         files = sorted(glob.glob(os.path.join(name, "*.safetensors")))
         self.identity = [self.template, name if not files else "", *(f"{os.path.basename(path)}:{file_crc(path):08x}" for path in files)]
@@ -358,6 +363,7 @@ class ForeignSeeingTeacher:
     def write(self, prompts, n, temperature, seed, inputs):
         torch.manual_seed(seed if isinstance(seed, int) else seed[0])
         drawn = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature else dict(do_sample=False)
+        drawn |= dict(suppress_tokens=list(self.forbidden)) if self.forbidden else {}
         found = self.model.generate(**inputs, max_new_tokens=n, pad_token_id=self.tokenizer.eos, eos_token_id=self.tokenizer.eos, **drawn)
         row = found[0, inputs["input_ids"].size(1):].tolist()
         return [row[:row.index(self.tokenizer.eos) + 1] if self.tokenizer.eos in row else row]
@@ -412,8 +418,7 @@ def file_crc(path):
     return crc
 
 
-def load_teacher(cfg, world):
-    seeing = is_picture_task(cfg.data)
+def load_teacher(cfg, world, seeing):
     if cfg.teacher.startswith("hf:"):
         return (ForeignSeeingTeacher if seeing else ForeignTeacher)(cfg.teacher[3:], cfg.template, world)
     with contextlib.suppress(OSError, ValueError):
@@ -483,10 +488,10 @@ class Kept:
 
 class Distillation(Finetuning):
     """The rows of a task, with answers on which the student is to expect what its teacher expects."""
-    what = "the data or the teacher"
+    what, vision = "the data or the teacher", None
 
     def __init__(self, cfg, world, say):
-        self.teacher = load_teacher(cfg, world) if cfg.teacher else None
+        self.teacher = load_teacher(cfg, world, self.vision is not None) if cfg.teacher else None
         self.cfg, self.world, self.say, self.kept = cfg, world, say, None
         self.carry, self.writing, self.making = dict(skipped=0), 0.0, 0.0  # answers by (step, row); seconds
         super().__init__(cfg, world, say)
@@ -590,7 +595,7 @@ class Distillation(Finetuning):
         if self.cfg.alpha and self.cfg.sequences == "teacher":
             answers = [self.usable(self.kept.answers[row].tolist()) for row in chosen[:real]]
         tokens = int(self.pairs["train"].lengths[chosen[:real]].sum())
-        return Batch(to_device(references, self.world.device), chosen[:real], rows, answers, 1.0, self.pictures(chosen), tokens)
+        return Batch(to_device(references, self.world.device), chosen, chosen[:real], rows, answers, 1.0, self.pictures(chosen), tokens)
 
     def pictures(self, rows):
         return None
@@ -634,7 +639,7 @@ class Distillation(Finetuning):
                 seeds = [((cfg.seed * 1_000_003 + step) * 1_000_003 + row) % 2 ** 63 for step, row in some]
                 sees = pairs.shown(self.model, [row for _, row in some])
                 for place, limit, answer in zip(some, limits, written(self.model, [pairs.prompt(row) for _, row in some], max(limits), cfg.temperature, seeds, **sees)):
-                    end = next((t for t, id in enumerate(answer) if id >= self.teacher.n_ids or id == self.tokenizer.pad), limit)
+                    end = next((t for t, id in enumerate(answer) if id >= self.teacher.n_ids or id == self.tokenizer.pad or id in self.teacher.forbidden), limit)
                     self.carry[place] = self.usable(answer[:min(end, limit)])
         self.model.train()
 
@@ -642,14 +647,14 @@ class Distillation(Finetuning):
         """alpha tau^2 D + (1 - alpha) cross-entropy, summed, and the number of targets of the references; for the log, both by themselves."""
         cfg = self.cfg
         src, src_mask, tgt, mask = batch.references
-        images = model.see(batch.pictures)[0] if batch.pictures else None
+        images, _, extra = model.seen(batch.pictures) if batch.pictures else (None, [], 0.0)
         encoded = model.encode(src, src_mask, images) if model.config.n_enc else None
         n = int(mask.sum())
 
         def states(tgt, mask):
             return model.decode(shift_right(tgt, model.config.bos_id), encoded, src_mask, **model.decoder_sees(images, src, tgt))[mask]  # (N, C)
 
-        loss, log = model.embed.weight[0, 0] * 0, {}
+        loss, log = model.embed.weight[0, 0] * 0 + n * extra, {}
         references = [(self.cross_entropy, [tgt[mask]])] if cfg.alpha < 1 else []
         taught, at_answers, m = self.taught(batch, states) if cfg.alpha > 0 else ([], None, 0)
         if batch.answers is None:  # both losses are on the references: their logits are needed once
@@ -672,8 +677,8 @@ class Distillation(Finetuning):
         answers, at_answers = [pairs.targets[row] for row in rows], None
         if batch.answers is not None:
             # As many rows as the references, of which the sources are already read: those without an answer, and filler, have no loss.
-            padded = [*batch.answers, *[None] * (len(batch.references[3]) - len(rows))]
-            tgt, mask = pairs.batch([*rows, *[0] * (len(padded) - len(rows))], targets=[answer or [self.tokenizer.eos] for answer in padded])[2:]
+            padded = [*batch.answers, *[None] * (len(batch.every) - len(rows))]
+            tgt, mask = pairs.batch(batch.every, targets=[answer or [self.tokenizer.eos] for answer in padded])[2:]
             mask[[answer is None for answer in padded]] = False
             rows, answers = [row for row, answer in zip(rows, batch.answers) if answer], [answer for answer in batch.answers if answer]
             at_answers = states(*to_device((tgt, mask), device)) if answers else None
@@ -683,8 +688,10 @@ class Distillation(Finetuning):
         if self.kept:
             return [(self.divergence_from_kept, to_device(self.kept.rows(rows), device))], at_answers, m
         with torch.no_grad(), torch.autocast(device.type, enabled=False):  # it has its own precision
-            groups, size = range(0, len(rows), self.teacher.step_rows or len(rows)), self.teacher.step_rows or len(rows)
-            read = [self.teacher.read([self.prompts[row] for row in rows[i:i + size]], answers[i:i + size], **self.teacher.look(rows[i:i + size], pairs)) for i in groups]
+            read, size = [], self.teacher.step_rows or len(rows)
+            for i in range(0, len(rows), size):
+                some = rows[i:i + size]
+                read.append(self.teacher.read([self.prompts[row] for row in some], answers[i:i + size], **self.teacher.look(some, pairs)))
             return [(self.divergence_from_read, [torch.cat(read)])], at_answers, m
 
     def sums(self, model, states, *terms):
@@ -736,7 +743,8 @@ class SeeingDistillation(Distillation):
 class Batch(NamedTuple):
     """Some of a step's rows. The loop wants the number of tokens last."""
     references: list      # (src, src_mask, tgt, loss_mask), as the model takes them; it may have filler rows without a loss at its end
-    rows: np.ndarray      # their numbers in the training set
+    every: np.ndarray     # the numbers of these rows in the training set ...
+    rows: np.ndarray      # ... and without the filler
     numbers: np.ndarray   # what they were asked for as: numbers in the global batch
     answers: list | None  # lists of ids, what the divergence is taken on, None for one that is skipped; None: the references
     scale: float          # targets of the references over tokens of the answers, of the whole step
@@ -894,7 +902,7 @@ def main():
         adopt(cfg, "student")
     if cfg.finetune_teacher:
         cfg.arch, cfg.lr, cfg.optimizer = "dec", cfg.lr or 2e-4, "adamw"
-    seeing = is_picture_task(cfg.data)
+    seeing = is_picture_task(cfg.data) or read_vision(cfg.out if cfg.init_from == "resume" else cfg.init_from) is not None
     if seeing and (cfg.init_from == "scratch" or cfg.finetune_teacher or cfg.plan):
         raise UserError(f"--data={cfg.data} has pictures: --student=RUN is a run of vision.py, and --finetune_teacher and --plan are for texts")
     if seeing and cfg.init_from != "resume" and read_vision(cfg.init_from) is None:

@@ -355,8 +355,9 @@ def vision_graph(model, weights, precision):
         x = g.op("Slice", x, g.constant(1), g.constant(side * side + 1), g.constant(1))
     weigh = None
     if cfg.tokens == "learned":
-        weigh = g.op("Sigmoid", g.op("Add", g.op("MatMul", x, g.weight("weigh.weight", array(model.weigh.weight).T)), g.weight("weigh.bias", array(model.weigh.bias))))
-        g.op("Reshape", weigh, g.constant(-1, side * side), outputs=[g.output("scores", "tiles", side * side)])
+        scores = g.op("Add", g.op("MatMul", x, g.weight("weigh.weight", array(model.weigh.weight).T)), g.weight("weigh.bias", array(model.weigh.bias)))
+        weigh = g.op("Sigmoid", scores)
+        g.op("Reshape", scores, g.constant(-1, side * side), outputs=[g.output("scores", "tiles", side * side)])
     elif cfg.tokens == "variance" and cfg.variance_of == "features":
         away = g.op("Sub", x, g.op("ReduceMean", x, g.constant(-1)))
         g.op("ReduceMean", g.op("Mul", away, away), g.constant(-1), keepdims=0, outputs=[g.output("scores", "tiles", side * side)])

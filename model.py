@@ -285,7 +285,7 @@ class Block(nn.Module):
         """x (B, T, C). `store(k, v)` puts the new self-attention keys and values into a cache and returns all of them
         so far. The source: its states `encoded` (B, S, C), or `memory`, the cross-attention keys and values made of them.
         With config.cross_rope, cross_rope rotates the queries at the source and memory_rope the keys made of `encoded`. `seen`: tokens of
-        pictures (B, M, C), or the keys and values made of them."""
+        pictures (B, M, C), or the keys and values made of them; seen_mask as `seen_masks` gives it."""
         h = self.attn_norm(x)
         k, v = self.attn.keys_values(h, rope)
         if store is not None:
@@ -293,7 +293,8 @@ class Block(nn.Module):
         x = x + self.drop(self.attn(h, k, v, mask, causal, rope))
         if self.look is not None and seen is not None:
             seen = self.look.keys_values(seen) if torch.is_tensor(seen) else seen
-            x = x + self.drop(self.look(self.look_norm(x), *seen, mask=seen_mask))
+            mask, some = seen_mask  # a row without pictures adds nothing
+            x = x + self.drop(self.look(self.look_norm(x), *seen, mask=mask) * some)
         if self.cross is not None:
             memory = memory or self.cross.keys_values(encoded, memory_rope)
             x = x + self.drop(self.cross(self.cross_norm(x), *memory, mask=memory_mask, rope=cross_rope))
@@ -331,7 +332,7 @@ class Cache:
         self.memory_mask = source_mask(src_mask)
         self.seen, self.seen_mask = [None] * cfg.n_dec, None
         if seen is not None:
-            self.seen, self.seen_mask = [block.look.keys_values(seen[0]) for block in model.dec], source_mask(seen[1])
+            self.seen, self.seen_mask = [block.look.keys_values(seen[0]) for block in model.dec], seen_masks(seen[1])
 
     def store(self, layer, k, v):
         """Writes the new keys and values in place behind the stored ones; returns views of all."""
@@ -360,7 +361,7 @@ class Cache:
         self.memory = [kv and (kv[0][rows], kv[1][rows]) for kv in self.memory]
         self.memory_mask = None if self.memory_mask is None else self.memory_mask[rows]
         self.seen = [kv and (kv[0][rows], kv[1][rows]) for kv in self.seen]
-        self.seen_mask = None if self.seen_mask is None else self.seen_mask[rows]
+        self.seen_mask = self.seen_mask and tuple(mask[rows] for mask in self.seen_mask)
 
 
 def stretch_of(lengths, longest, trained):
@@ -374,6 +375,11 @@ def source_mask(src_mask):
         return None
     first = torch.arange(src_mask.size(1), device=src_mask.device) == 0
     return (src_mask | (first & ~src_mask.any(1, keepdim=True)))[:, None, None]
+
+
+def seen_masks(mask):
+    """(B, M), True at tokens of pictures -> what attention to them needs: where it may look (B, 1, 1, M), and which rows have some (B, 1, 1)."""
+    return None if mask is None else (source_mask(mask), mask.any(1)[:, None, None])
 
 
 def shift_right(tgt, bos_id):
@@ -459,7 +465,7 @@ class Transformer(nn.Module):
         mask, x = source_mask(src_mask), self.embedded(src, images)
         seen, seen_mask = self.spread(images, src) if images is not None and cfg.look == "encoder" else (None, None)
         for block in self.enc:
-            x = block(x, rope, mask, seen=seen, seen_mask=source_mask(seen_mask))
+            x = block(x, rope, mask, seen=seen, seen_mask=seen_masks(seen_mask))
         return self.enc_norm(x)
 
     def cross_rope(self, positions):
@@ -479,7 +485,7 @@ class Transformer(nn.Module):
         if cache is None:
             lengths = torch.full((len(tokens),), T, device=tokens.device)
             stretch, mask, causal = stretch_of(lengths, T, cfg.tgt_len), None, True
-            memory_mask, (seen, seen_mask) = source_mask(src_mask), (None, None) if seen is None else (seen[0], source_mask(seen[1]))
+            memory_mask, (seen, seen_mask) = source_mask(src_mask), (None, None) if seen is None else (seen[0], seen_masks(seen[1]))
             if encoded is not None:
                 memory_rope = self.cross_rope(torch.arange(encoded.size(1), device=tokens.device)[None])
         else:
@@ -542,7 +548,7 @@ class Transformer(nn.Module):
         rngs = [torch.Generator(states.device).manual_seed(row_seed) for row_seed in seeds]
         rows, ended = list(range(len(prompts))), set()  # which prompt each row of the cache belongs to
         for step in range(max_new_tokens):
-            token = pick(self.logits(states[:, -1]), temperature, top_k, top_p, rngs)  # (rows,)
+            token = pick(self.next_logits(states), temperature, top_k, top_p, rngs)  # (rows,)
             new = [None] * len(prompts)
             for row, id in zip(rows, token.tolist()):
                 if id == self.config.eos_id or row in ended:
@@ -558,6 +564,13 @@ class Transformer(nn.Module):
                 token, rows, rngs = token[going], [rows[i] for i in going], [rngs[i] for i in going]
             if step < max_new_tokens - 1:
                 states = self.decode(token[:, None], cache=cache)
+
+    def next_logits(self, states):
+        """Logits (B, V) of the next token. The placeholder of a picture is none: nothing would stand in its place."""
+        logits = self.logits(states[:, -1])
+        if self.config.image_id >= 0:
+            logits[:, self.config.image_id] = -torch.inf
+        return logits
 
     @torch.inference_mode()
     def prefill(self, prompts, max_new_tokens, prefix=None, images=None):

@@ -108,7 +108,7 @@ def beam_search(model, prompt, beams, max_new_tokens, images=None):
         cache, states = model.prefill([prompt], max_new_tokens, images=images)
         scores, answers, finished = torch.zeros(1, device=states.device), [[]], []
         for step in range(max_new_tokens):
-            logp = model.logits(states[:, -1]).float().log_softmax(-1) + scores[:, None]  # (beams, V)
+            logp = model.next_logits(states).float().log_softmax(-1) + scores[:, None]  # (beams, V)
             best = logp.flatten().topk(min(2 * beams, logp.numel()))  # twice: half of them may end here
             kept = []
             for score, index in zip(best.values.tolist(), best.indices.tolist()):
@@ -277,7 +277,7 @@ def main():
         answers = [beam_search(model, prompt, cfg.beams, cfg.max_new_tokens, **sees)]
     elif cfg.num_samples > 1:
         if pictures:
-            sees = dict(images=model.see(pictures * cfg.num_samples)[0])
+            sees = dict(images=model.see(pictures * cfg.num_samples)[0])  # of every row
         steps = list(model.generate([prompt] * cfg.num_samples, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, cfg.seed, **sees))
         answers = [[step[b] for step in steps if step[b] is not None] for b in range(cfg.num_samples)]
     else:

@@ -182,14 +182,16 @@ class VisionLM(Transformer):
 
     def see(self, pictures):
         """Pictures -> tokens (N, C) of all of them in order, as many as data/images.py's n_tokens says; and each one's order (`token_order`)."""
-        tokens, orders, _ = self.seen(pictures)
+        with torch.no_grad():
+            tokens, orders, _ = self.seen(pictures)
         return tokens, orders
 
     def seen(self, pictures):
         """As `see`, and what `learned` adds to the mean loss."""
         cfg, device = self.vision, self.embed.weight.device
         tiles = torch.from_numpy(np.concatenate([picture.tiles for picture in pictures])).to(device)
-        features = self.tower(tiles)  # (tiles, side * side, n_embd)
+        size = len(tiles) if torch.is_grad_enabled() and any(p.requires_grad for p in self.tower.parameters()) else 16  # what is not kept is not needed at once
+        features = torch.cat([self.tower(some) for some in tiles.split(size)])  # (tiles, side * side, n_embd)
         scores, extra = self.scores(features, pictures)
         weights = torch.sigmoid(scores) if cfg.tokens == "learned" else None
         tokens = self.projector(features.unflatten(1, (-1, cfg.joined)).flatten(2))
@@ -215,7 +217,8 @@ class VisionLM(Transformer):
         return token_orders(pictures, self.vision, scores)
 
     def flops(self, src_len, tgt_len):
-        return super().flops(src_len, tgt_len) + self.tiles_a_row * self.tower.flops()
+        projector = 2 * self.vision.side ** 2 // self.vision.joined * sum(p.numel() for p in self.projector.parameters() if p.ndim == 2)
+        return super().flops(src_len, tgt_len) + self.tiles_a_row * (self.tower.flops() + projector)
 
     def compiled_parts(self):
         return [*super().compiled_parts(), *self.tower.layers]
@@ -260,16 +263,17 @@ def foreign_tower(name):
             with open(path, encoding="utf-8") as f:
                 read = json.load(f)
             mean, std = read.get("image_mean", mean), read.get("image_std", std)
+        mean, std = list(map(float, mean)), list(map(float, std))
     except FileNotFoundError:
         raise UserError(f"{where} has no config.json") from None
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         raise UserError(f"{where}: its config.json cannot be read ({error})") from None
     acts = {"quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh"}
     if known["hidden_act"] not in acts:
         raise UserError(f"{where} has the activation {known['hidden_act']}; towers here have quick_gelu or gelu_pytorch_tanh")
     config = dict(image_size=known["image_size"], patch=known["patch_size"], n_layer=known["num_hidden_layers"] - 1, n_embd=known["hidden_size"], n_head=known["num_attention_heads"],
                   n_hidden=known["intermediate_size"], act=acts[known["hidden_act"]], class_token=clip, pre_norm=clip, patch_bias=not clip, norm_eps=known["layer_norm_eps"],
-                  mean=list(map(float, mean)), std=list(map(float, std)))
+                  mean=mean, std=std)
     files = sorted(glob.glob(os.path.join(glob.escape(folder), "*.safetensors")))
     if not files:
         raise UserError(f"{where} has no .safetensors file" + ("; pytorch_model.bin can run code when it is read and is not taken: convert it" if glob.glob(os.path.join(
@@ -301,6 +305,11 @@ def renamed(tensors, config, where):
         raise UserError(f"{where} lacks {missing[0]}: are these the weights of a CLIP or SigLIP vision tower?")
     found = {ours: tensors[theirs].float() for ours, theirs in names.items()}
     found["embed_patch.weight"] = found["embed_patch.weight"].flatten(1)  # a convolution whose steps are as wide as its window
+    with torch.device("meta"):
+        wanted = Tower(VisionConfig(**config).check()).state_dict()
+    for name, p in wanted.items():
+        if p.shape != found[name].shape:
+            raise UserError(f"{where}: {names[name]} is {tuple(found[name].shape)} in the file, {tuple(p.shape)} by config.json")
     return found
 
 
@@ -323,8 +332,10 @@ class Seeing(Finetuning):
             at = layout(*size, self.vision)
             say(f"a picture of {size[0]} x {size[1]}: {at.grid[0]} x {at.grid[1]} tiles beside the thumbnail, {self.pairs['val'].n_tokens[0][0]} tokens" if at.rows else
                 f"a picture of {size[0]} x {size[1]}: the thumbnail alone, {self.pairs['val'].n_tokens[0][0]} tokens")
-        some = evenly(len(self.pairs["train"]), 500)
-        self.tiles_a_row = float(np.mean([sum(1 + int(np.prod(layout(*size, self.vision).grid)) for size in self.pairs["train"].sizes[row]) for row in some]))
+        tiles = [self.pairs["train"].tiles(row) for row in evenly(len(self.pairs["train"]), 500)]
+        self.tiles_a_row = float(np.mean(tiles))
+        if max(tiles) < 2 and self.vision.tokens in ("variance", "learned"):
+            say(f"no picture is cut into tiles, so --tokens={self.vision.tokens} leaves nothing out: the thumbnail is always kept")
 
     def make_tokenizer(self, rows):
         if self.cfg.tokenizer != "bpe":
@@ -364,7 +375,8 @@ class Seeing(Finetuning):
             config, weights = parent.config, parent.state_dict()
             lengths = dict(src_len=cfg.src_len, tgt_len=cfg.tgt_len) if config.n_enc else dict(tgt_len=cfg.src_len + cfg.tgt_len)
             config = replace(config, cross_rope=cfg.cross_rope, **lengths)
-        model = VisionLM(replace(config, image_id=self.tokenizer.image, look=cfg.look), self.vision)
+        look = config.look if "look" not in given() and cfg.init_from != "scratch" else cfg.look
+        model = VisionLM(replace(config, image_id=self.tokenizer.image, look=look), self.vision)
         own = model.state_dict()
         weights = {name: p for name, p in weights.items() if name in own and (own[name].shape == p.shape or not name.startswith("projector"))}
         model.load_state_dict(own | weights)
@@ -378,21 +390,16 @@ class Seeing(Finetuning):
     def batch_at(self, step, rows):
         rows, real = self.share(step, rows)
         pairs = self.pairs["train"]
-        tensors = list(pairs.batch(rows))
-        try:
-            pictures = pairs.pictures(rows)
-        except UserError:
-            if not self.cfg.skip_bad:
-                raise
-            pictures, bad = pairs.readable(rows)
-            tensors[3][bad] = False
+        tensors, pictures = pairs.batch(rows), pairs.pictures(rows)
         tensors[3][real:] = False
+        tensors[3][[row in pairs.bad for row in rows]] = False
         return (*to_device(tensors, self.world.device), pictures, int(pairs.lengths[rows[:real]].sum()))
 
     def loss_of(self, model, batch):
         *tensors, pictures, _ = batch
         images, _, extra = model.seen(pictures) if pictures else (None, [], 0.0)
         n = int(tensors[-1].sum())
+        extra = extra if pictures else 0 * model.embed_marker.sum()  # a batch of texts alone still has a gradient, where all else is frozen
         return model(*tensors, reduction="sum", images=images)[1] + n * extra, n
 
     def evaluate(self, model, step, say):
@@ -415,9 +422,15 @@ def vision_of(cfg):
         for name in ("vision", "image_size", "patch", "tower_layers"):
             if name in given():
                 raise UserError(f"--{name}={getattr(cfg, name)} cannot be chosen with --init_from={cfg.init_from}, which has a tower already")
-        return replace(parent, **{name: value for name, value in how.items() if name in given()}).check(), None
+        vision = replace(parent, **{name: value for name, value in how.items() if name in given()}).check()
+        for name in HOW:
+            setattr(cfg, name, getattr(vision, name))
+        return vision, None
     if cfg.init_from == "resume":
-        return read_vision(cfg.out), None
+        vision = read_vision(cfg.out)
+        if vision is None:
+            raise UserError(f"{cfg.out} has no {FILE}: it cannot be resumed")
+        return vision, None
     if cfg.vision.startswith("hf:"):
         for name in ("image_size", "patch", "tower_layers"):
             if name in given():
@@ -430,7 +443,7 @@ def vision_of(cfg):
     return VisionConfig(**TOWERS[cfg.vision] | {name: value for name, value in chosen.items() if value is not None}, **how).check(), None
 
 
-DEFAULTS = dict(src_len=1024, tgt_len=64, max_minutes=20, vocab_size=1024)  # where the size's own are a text's
+DEFAULTS = dict(src_len=1024, tgt_len=64, max_minutes=20, vocab_size=1024)  # of the small sizes, where train.py's are a text's
 
 
 def check(cfg):
@@ -438,9 +451,11 @@ def check(cfg):
         raise UserError("--stage=align trains what stands between a tower and a language model that both know something: --init_from=RUN, and --vision=hf:FOLDER")
     if cfg.look == "encoder" and cfg.arch == "dec":
         raise UserError("--look=encoder is for --arch=encdec: a decoder-only model has no encoder; use --look=decoder")
+    if cfg.init_from != "scratch":
+        return  # what is not given is its parent's
     if cfg.variance_of != "pixels" and cfg.tokens != "variance":
         raise UserError(f"--variance_of={cfg.variance_of} is for --tokens=variance")
-    if "keep" in given() and cfg.tokens == "all" and not cfg.init_from == "resume":
+    if "keep" in given() and cfg.tokens == "all":
         raise UserError(f"--keep={cfg.keep} is for --tokens=variance, learned or concat")
 
 
@@ -451,7 +466,9 @@ def main():
     elif cfg.init_from != "scratch":
         adopt(cfg)
     cfg.objective = "seq2seq"
-    for name, value in DEFAULTS.items():
+    cfg.cross_rope = False if cfg.cross_rope is None and cfg.init_from == "scratch" else cfg.cross_rope  # an answer does not follow the order of patches
+    small = train.DEFAULTS[cfg.preset]["src_len"] < DEFAULTS["src_len"]
+    for name, value in (DEFAULTS if small else dict(src_len=8192, tgt_len=256)).items():
         if getattr(cfg, name) is None and not (name == "max_minutes" and cfg.max_iters):
             setattr(cfg, name, value)
     cfg = resolve(cfg)

@@ -89,7 +89,7 @@ class Exported:
         feeds = dict(tokens=tokens, last=(lengths - 1).astype(np.int32), total=np.array(width, np.int32),
                      **self.rope(width, np.array([len(prompt) for prompt in prompts]) / cfg.src_len))
         feeds |= dict(positions=feeds["rows"][:, None] + np.arange(width), cross_positions=np.arange(width)[None] + 0 * lengths[:, None])
-        feeds |= self.places(tokens, images) if self.vision else {}
+        feeds |= self.places(tokens, images) if self.about.get("vision") else {}
         binding = self.encoder.io_binding()
         for name in (item.name for item in self.encoder.get_inputs()):
             binding.bind_ortvalue_input(name, self.value(feeds[name]))
@@ -135,6 +135,8 @@ class Exported:
         rngs = [np.random.default_rng(seed + b) for b in range(len(prompts))]
         ended = np.zeros(len(prompts), dtype=bool)
         for step in range(max_new_tokens):
+            if self.about.get("vision"):
+                logits[:, self.config.image_id] = -np.inf  # nothing would stand in its place
             tokens = pick(logits, temperature, top_k, top_p, rngs)
             ended |= tokens == self.config.eos_id
             if ended.all():

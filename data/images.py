@@ -84,9 +84,9 @@ class VisionConfig:
             raise UserError(f"--keep={self.keep} must be above 0 and at most 1: the share of the tokens that stay")
         if self.grid < 0:
             raise UserError(f"--grid={self.grid} must not be negative")
-        if self.side % self.joined:
+        if self.joined > self.side or self.side % self.joined:
             raise UserError(f"--tokens=concat --keep={self.keep} makes one token of {self.joined} neighbours, and a row of {self.side} patches cannot be cut into such: "
-                            f"use --keep={1 / next(n for n in range(self.joined, 0, -1) if self.side % n == 0):.2g}")
+                            f"use --keep={1 / next(n for n in range(min(self.joined, self.side), 0, -1) if self.side % n == 0):.2g}")
         return self
 
 
@@ -126,7 +126,7 @@ def open_image(source, where=None):
         raise UserError(f"{where} is refused: it unpacks to {size[0]:,} x {size[1]:,} pixels, more than {2 * Image.MAX_IMAGE_PIXELS:,}; shrink it first") from None
     except Image.UnidentifiedImageError:
         raise UserError(f"{where} is no picture that Pillow can read") from None
-    except (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, MemoryError, OverflowError, TypeError) as error:  # what Pillow's readers raise for broken files
+    except (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, MemoryError, OverflowError, TypeError, AttributeError) as error:  # what Pillow's readers raise for broken files
         raise UserError(f"{where} cannot be read, it is cut off or damaged ({error})") from None
 
 
@@ -138,6 +138,18 @@ def peek(source):
             return image.size
     finally:
         Image.MAX_IMAGE_PIXELS = limit
+
+
+def size_by_header(source):
+    """(width, height) of a file that `open_image` would give, from its header; None where only opening it tells."""
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            turned = Image.Image.getexif(image).get(0x0112, 1)  # a PNG's own would unpack it whole to look behind its pixels
+            if image.format == "TIFF" or image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                return None
+            return image.size[::-1] if turned in (5, 6, 7, 8) else image.size
+    except Exception:  # whatever it is, opening it says it better
+        return None
 
 
 def to_rgb(image):
@@ -253,11 +265,13 @@ def prepare_image(image, cfg):
     scores = None
     if at.rows:
         canvas = np.zeros((at.grid[0] * size, at.grid[1] * size, 3), dtype=np.uint8)
-        canvas[:at.drawn[1], :at.drawn[0]] = np.asarray(resized(image, at.drawn))
+        drawn = np.asarray(resized(image, at.drawn))
+        canvas[:at.drawn[1], :at.drawn[0]] = drawn
         split = canvas.reshape(at.grid[0], size, at.grid[1], size, 3).swapaxes(1, 2)
         tiles += list(split.reshape(-1, size, size, 3))
         if cfg.tokens == "variance" and cfg.variance_of == "pixels":
-            scores = pixel_variance(canvas, cfg.patch)[:at.rows, :at.columns]
+            more = [(0, -length % cfg.patch) for length in drawn.shape[:2]]
+            scores = pixel_variance(np.pad(drawn, (*more, (0, 0)), mode="edge"), cfg.patch)  # against black padding, every edge would vary
     return Picture(np.stack(tiles), at, scores, image.size)
 
 
@@ -269,6 +283,9 @@ def clip_crop(image, size):
     """CLIP's own view: the shorter side becomes `size`, and the middle is cut out."""
     width, height = image.size
     short = min(width, height)
+    if max(width, height) > 20 * short:  # what is cut away need not be made
+        box = [(length - short) / 2 for length in (width, height)]
+        return image.resize((size, size), Image.Resampling.BICUBIC, box=(*box, box[0] + short, box[1] + short))
     image = resized(image, (int(size * width / short), int(size * height / short)))
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
@@ -288,4 +305,7 @@ def draw_tokens(image, order, at, cfg, path):
     if at.rows:
         dim = ~np.repeat(np.repeat(read, cfg.patch, 0), cfg.patch * cfg.joined, 1)[:drawn.shape[0], :drawn.shape[1]]
         drawn[dim] = 200 + drawn[dim] // 5
-    Image.fromarray(drawn).save(path)
+    try:
+        Image.fromarray(drawn).save(path)
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} cannot be written ({error}): give a name that ends in .png") from None

@@ -159,13 +159,13 @@ DIGITS = dict(zip("none zero one two three four five six seven eight nine ten".s
 
 
 def vqa_words(text):
-    """The VQA evaluation's normalization: lower case, no punctuation (but in numbers), digits for small numbers, no articles."""
-    text = " ".join(text.lower().split())
-    text = re.sub(r"(?<=\d),(?=\d)", "", text)
+    """The VQA evaluation's normalization: no punctuation, lower case, digits for small numbers, no articles. Its rules are kept where they are odd: a number
+    with a comma takes all other marks with it, and a full stop stays only in front of a digit."""
+    text = " ".join(text.split())
+    number, plain = re.search(r"\d,\d", text), text
     for mark in ";/[]\"{}()=+\\_-><@`,?!":
-        text = text.replace(mark, "" if f"{mark} " in text or f" {mark}" in text else " ")
-    text = re.sub(r"(?<!\d)\.(?!\d)", "", text)
-    words = [DIGITS.get(word, word) for word in text.split()]
+        plain = plain.replace(mark, "" if number or f"{mark} " in text or f" {mark}" in text else " ")
+    words = [DIGITS.get(word, word) for word in re.sub(r"\.(?!\d)", "", plain).lower().split()]
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ("a", "an", "the"))
 
 

@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from data import metrics
 from data.cli import UserError
-from data.corpus import split_files
-from data.images import n_tokens, open_image, prepare_image
+from data.corpus import open_rows, split_files
+from data.images import layout, n_tokens, open_image, prepare_image, size_by_header
 from data.pairs import IMAGE, Pairs, encode_sources
 from data.pictures import Drawn, draw_charts_once, picture_rows
 from data.tasks import VAL_EVERY, Task, hold_out, json_lines, rows_of
@@ -34,27 +34,12 @@ def of_pair(record):
 
 
 def of_conversation(record):
-    """LLaVA's: every answer is a target, and what was said before it its source."""
+    """LLaVA's and UReader's: every answer is a target, and what was said before it its source."""
     said, rows = "", []
-    images = [record["image"]] if record.get("image") is not None else []
+    images = [] if record.get("image") is None else record["image"] if isinstance(record["image"], list) else [record["image"]]
     for turn in record["conversations"]:
-        if turn["from"] == "human":
-            said += turn["value"].strip()
-        else:
-            rows.append(dict(source=said, target=turn["value"].strip(), images=images))
-            said += "\n" + turn["value"].strip() + "\n"
-    return rows
-
-
-def of_messages(record):
-    """UReader's: a list of pictures, and turns of a user and an assistant. Its texts mark a picture as <|image|>."""
-    images = record["image"] if isinstance(record["image"], list) else [record["image"]]
-    said, rows = "", []
-    for message in record["messages"]:
-        content = message["content"]
-        text = content if isinstance(content, str) else "".join(IMAGE if part["type"] == "image" else part["text"] for part in content)
-        text = text.replace("<|image|>", IMAGE).strip()
-        if message["role"] == "assistant":
+        text = turn["value"].strip()
+        if turn["from"] in ("gpt", "assistant"):
             rows.append(dict(source=said.strip(), target=text, images=images))
         said += text + "\n"
     return rows
@@ -79,7 +64,7 @@ def of_vqa(record):
 
 def of_choices(record):
     """AI2D: the number of the right option."""
-    options = "".join(f"\n{letter}. {option}" for letter, option in zip("ABCDEFGH", record["options"]))
+    options = "".join(f"\n{letter}. {option}" for letter, option in zip("ABCDEFGH", record["options"], strict=False))
     return [dict(source=f"{IMAGE}{record['question']}{options}", target="ABCDEFGH"[int(record["answer"])], images=[record["image"]])]
 
 
@@ -113,12 +98,12 @@ TASKS = {
     "charts": PictureTask("a bar chart and a question -> a value, a name, a colour", metrics.score_relaxed, drawn="charts"),
     "llava-pretrain": of_hub("a picture -> its caption (stage align)", metrics.score_reading, "liuhaotian/LLaVA-Pretrain", of_conversation),
     "llava-instruct": of_hub("a picture and a question -> an answer (stage instruct)", metrics.score_reading, "liuhaotian/LLaVA-Instruct-150K", of_conversation),
-    "ureader": of_hub("documents and questions (stage ocr)", metrics.score_anls, "Mizukiluke/ureader-instruction-1.0", of_messages),
+    "ureader": of_hub("documents and questions (stage ocr)", metrics.score_anls, "Mizukiluke/ureader-instruction-1.0", of_conversation),
     "synthdog": of_hub("a drawn document -> its text (stage ocr)", metrics.score_reading, "naver-clova-ix/synthdog-en", of_synthdog),
     "chartqa": of_hub("a chart and a question -> an answer", metrics.score_relaxed, "HuggingFaceM4/ChartQA", of_chartqa),
     "textvqa": of_hub("a photograph and a question on its text -> an answer", metrics.score_vqa, "lmms-lab/textvqa", of_vqa),
-    "vqav2": of_hub("a photograph and a question -> an answer", metrics.score_vqa, "lmms-lab/VQAv2", of_vqa),
-    "docvqa": of_hub("a document and a question -> an answer", metrics.score_anls, "lmms-lab/DocVQA", of_vqa, config="DocVQA"),
+    "vqav2": of_hub("a photograph and a question -> an answer", metrics.score_vqa, "HuggingFaceM4/VQAv2", of_vqa),
+    "docvqa": of_hub("a document and a question -> an answer", metrics.score_anls, "HuggingFaceM4/DocumentVQA", of_vqa),
     "ai2d": of_hub("a diagram, a question and options -> the letter of one", metrics.score_exact, "lmms-lab/ai2d", of_choices),
     "gqa": of_hub("a photograph and a question -> a word", metrics.score_exact, "lmms-lab/GQA", of_question, config="train_balanced_instructions",
                   join=("train_balanced_images", "id", "imageId")),
@@ -146,7 +131,7 @@ class Held:
         return value["bytes"] or value["path"] if isinstance(value, dict) else value
 
     def __repr__(self):  # goes into the hash of the rows
-        return f"{self.column} of {self.number}"
+        return f"{self.column} of {self.number} of {getattr(self.records, '_fingerprint', '')}"
 
 
 def load(ref, where):
@@ -162,15 +147,9 @@ def size_of(ref, where):
     """Its (width, height), from the file's header alone where that is enough."""
     if isinstance(ref, Drawn):
         return ref.size()
-    if isinstance(ref, str):
-        try:
-            with Image.open(ref) as image:
-                turned = image.getexif().get(0x0112, 1) >= 5
-                if image.width * image.height <= Image.MAX_IMAGE_PIXELS:
-                    return image.size[::-1] if turned else image.size
-        except Exception:  # whatever it is, opening it whole says it better
-            pass
-    return load(ref, where).size
+    ref = ref.load() if isinstance(ref, Held) else ref
+    ref = (ref.get("bytes") or ref.get("path")) if isinstance(ref, dict) else ref
+    return (isinstance(ref, (str, bytes)) and size_by_header(ref)) or load(ref, where).size
 
 
 def undecoded(records):
@@ -198,7 +177,7 @@ def records_of(records, task, images_of=None):
 def from_hub(name, task):
     """split -> [(where, records)]."""
     import datasets
-    names = {"train": "train", "validation": "val", "val": "val", "valid": "val", "dev": "val", "testdev": "val", "test": "test"}
+    names = {"train": "train", "testdev": "val", "dev": "val", "valid": "val", "val": "val", "validation": "val", "test": "test"}  # the last that is there
     try:
         found = datasets.load_dataset(name, task.config)
         images = {}
@@ -208,7 +187,7 @@ def from_hub(name, task):
                 images |= {key: Held(part, "image", number) for number, key in enumerate(part[task.join[1]])}
     except Exception as error:  # no network, no such data set: the library and those below it raise their own kinds
         raise UserError(f"the Hub data set {name} could not be reached ({type(error).__name__}); to use a local copy, pass its path: --data={task.name}:PATH") from None
-    return {names[split]: [(f"{name}, {split}", records_of(found[split], task, images if task.join else None))] for split in found if split in names}
+    return {names[split]: [(f"{name}, {split}", records_of(found[split], task, images if task.join else None))] for split in names if split in found}
 
 
 def from_path(path, task):
@@ -227,7 +206,7 @@ def from_path(path, task):
                 except Exception as error:  # the readers behind `datasets` raise their own kinds
                     raise UserError(f"reading {file} failed: {str(error.__cause__ or error).splitlines()[0]}") from None
             elif kind == "csv":
-                records = (dict(record) for record in datasets.load_dataset("csv", data_files=[file], split="train"))
+                records = open_rows("csv", [file], keep_default_na=False, converters=dict.fromkeys(("image", "source", "target"), str))
             elif kind == "list":
                 with open(file, encoding="utf-8") as f:
                     try:
@@ -254,6 +233,11 @@ def placed(records, folder):
 
 
 def check_row(row):
+    for name in ("source", "target"):
+        if not isinstance(row[name], str):
+            raise ValueError(f"its {name} is {type(row[name]).__name__}, not text")
+    if any(not isinstance(ref, (str, bytes, dict, Held, Drawn, Image.Image)) for ref in row["images"]):
+        raise ValueError("its image is neither a path nor a picture")
     n = row["source"].count(IMAGE)
     if n == 0 and row["images"]:
         row["source"], n = IMAGE * len(row["images"]) + row["source"], len(row["images"])
@@ -280,18 +264,28 @@ def load_picture_task(name, skip_bad=False, log=print):
     read = task.read
 
     def many(record):
-        return [check_row(row) for row in read(record)]
+        try:
+            return [check_row(row) for row in read(record)]
+        except (AttributeError, LookupError) as error:  # a KeyError names its column
+            raise error if isinstance(error, KeyError) else ValueError(f"it is not as {kind}'s are ({error})") from None
     found = from_path(path, task) if path and os.path.exists(path) else from_hub(path or task.hub, task)
-    task.splits = {split: [row for where, records in parts for row in rows_of(records, replace(task, read=many), where, skip_bad, log)]
-                   for split, parts in found.items()}
+    task.splits = {}
+    for split, parts in found.items():
+        try:
+            task.splits[split] = [row for where, records in parts for row in rows_of(records, replace(task, read=many), where, skip_bad, log)]
+        except UserError as error:
+            if split != "test":
+                raise
+            log(f"test is left out, as its answers may be hidden: {error}")
     if not task.splits.get("val") and task.splits.get("train"):  # by pictures, not by questions about them
         rows = {}
         for row in task.splits["train"]:
             rows.setdefault(repr(row["images"]), []).append(row)
         groups = list(rows.values())
-        if len(groups) >= VAL_EVERY:
-            task.splits["val"] = [row for group in groups[VAL_EVERY - 1::VAL_EVERY] for row in group]
-            task.splits["train"] = [row for i, group in enumerate(groups) if i % VAL_EVERY != VAL_EVERY - 1 for row in group]
+        if len(groups) > 1:
+            every = min(VAL_EVERY, len(groups))
+            task.splits["val"] = [row for group in groups[every - 1::every] for row in group]
+            task.splits["train"] = [row for i, group in enumerate(groups) if i % every != every - 1 for row in group]
     return hold_out(task, name)
 
 
@@ -300,31 +294,37 @@ def load_picture_task(name, skip_bad=False, log=print):
 
 class PicturePairs(Pairs):
     """Pairs whose sources have pictures, each as long as its number of tokens. A source that is too long loses the end of its text, never part
-    of a picture. `blank` shows a grey one in the place of each."""
+    of a picture. `blank` shows a grey one in the place of each. With skip_bad, rows whose pictures cannot be read, or take more than all the room, are left out; those whose
+    pictures break only when they are unpacked are shown grey and noted in `bad`."""
 
     blank = False
 
     def __init__(self, rows, tokenizer, src_len, tgt_len, decoder_only, vision, skip_bad=False, log=print):
-        self.vision, self.skip_bad, self.rows, sizes, kept = vision, skip_bad, rows, {}, []
-        bar = tqdm(rows, desc="sizes of pictures", leave=False, disable=len(rows) < 20000)
-        for number, row in enumerate(bar):
+        self.vision, self.skip_bad, self.bad, room = vision, skip_bad, set(), src_len - 1 - decoder_only
+        known, kept, self.sizes, self.n_tokens = {}, [], [], []
+        for number, row in enumerate(tqdm(rows, desc="sizes of pictures", leave=False, disable=len(rows) < 20000), 1):
             try:
                 for ref in row["images"]:
-                    if id(ref) not in sizes:
-                        sizes[id(ref)] = size_of(ref, f"the picture of row {number + 1}")
-                kept.append(row)
+                    if id(ref) not in known:
+                        known[id(ref)] = size_of(ref, named(ref, f"the picture of row {number}"))
+                sizes = [known[id(ref)] for ref in row["images"]]
+                counts = [n_tokens(*size, vision) for size in sizes]
+                before = tokenizer.encode(row["source"].rpartition(IMAGE)[0].replace(IMAGE, "")) if not row["source"].startswith(IMAGE * len(counts)) else ()
+                if sum(counts) + len(before) > room:
+                    raise UserError(f"row {number}: its pictures are {sum(counts)} tokens, and --src_len={src_len} has no room for them: raise it, or take fewer with a smaller "
+                                    "--grid or --tokens=variance")
             except UserError:
                 if not skip_bad:
                     raise
+                continue
+            kept.append(row)
+            self.sizes.append(sizes)
+            self.n_tokens.append(counts)
         if len(kept) < len(rows):
-            log(f"{len(rows) - len(kept)} rows have pictures that cannot be read and were left out")
-        self.rows, self.sizes = kept, [[sizes[id(ref)] for ref in row["images"]] for row in kept]
-        self.n_tokens = [[n_tokens(*size, vision) for size in row] for row in self.sizes]
-        super().__init__(self.rows, tokenizer, src_len, tgt_len, decoder_only)
-        for row, (ids, counts) in enumerate(zip(self.sources, self.n_tokens)):
-            if (ids == tokenizer.image).sum() < sum(counts):
-                raise UserError(f"row {row + 1}: its pictures are {sum(counts)} tokens, and --src_len={src_len} has no room for them: raise it, or take fewer "
-                                "with a smaller --grid or --tokens=variance")
+            log(f"{len(rows) - len(kept)} of {len(rows)} rows have pictures that cannot be used and were left out")
+        if not kept:
+            raise UserError("no row has pictures that can be used")
+        super().__init__(kept, tokenizer, src_len, tgt_len, decoder_only)
 
     def encode(self, rows):
         return encode_sources([row["source"] for row in rows], self.tokenizer, self.n_tokens)
@@ -334,26 +334,35 @@ class PicturePairs(Pairs):
         pictures = f"; {len(counts):,} pictures of {np.mean(counts):.0f} tokens on average, at most {max(counts)}" if counts else "; no pictures"
         return super().describe() + pictures
 
+    def tiles(self, row):
+        """Inputs of the tower that a row has."""
+        return sum(1 + int(np.prod(layout(*size, self.vision).grid)) for size in self.sizes[row])
+
     def pictures(self, rows):
         """The Pictures of these rows, in order."""
-        found = []
-        for row in rows:
-            for k, (ref, size) in enumerate(zip(self.rows[row]["images"], self.sizes[row])):
-                image = Image.new("RGB", size, (127, 127, 127)) if self.blank else load(ref, f"picture {k + 1} of row {row + 1}")
-                found.append(prepare_image(image, self.vision))
-        return found
+        return [self.picture(row, ref, size) for row in rows for ref, size in zip(self.rows[row]["images"], self.sizes[row])]
 
-    def readable(self, rows):
-        """As `pictures`, with a grey one in the place of each that cannot be read; and which of these rows have such."""
-        found, bad = [], []
-        for k, row in enumerate(rows):
-            try:
-                found += self.pictures([row])
-            except UserError:
-                found += [prepare_image(Image.new("RGB", size, (127, 127, 127)), self.vision) for size in self.sizes[row]]
-                bad.append(k)
-        return found, bad
+    def picture(self, row, ref, size):
+        grey = Image.new("RGB", size, (127, 127, 127))
+        if self.blank or row in self.bad:
+            return prepare_image(grey, self.vision)
+        where = named(ref, f"the picture of row {row + 1}")
+        try:
+            image = load(ref, where)
+            if image.size != size:
+                raise UserError(f"{where} has changed: it is {image.size[0]} x {image.size[1]}, and was {size[0]} x {size[1]}")
+        except UserError:
+            if not self.skip_bad:
+                raise
+            self.bad.add(row)
+            image = grey
+        return prepare_image(image, self.vision)
 
     def shown(self, model, rows):
         pictures = self.pictures(rows)
         return dict(images=model.see(pictures)[0]) if pictures else {}
+
+
+def named(ref, where):
+    """What a picture is called in messages."""
+    return ref if isinstance(ref, str) else where

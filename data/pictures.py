@@ -4,11 +4,12 @@
     docs      lines of made-up words in many fonts and noises, as SynDoG draws them -> the text
     charts    a bar chart, drawn by matplotlib, and questions as ChartQA's -> a value, the largest bar, a difference, a colour, the title
 
-Everything about a picture follows from (kind, split, number). What it says (its caption, its text, its title with its labels) falls by a hash into
-the training or a held-out split, and is drawn again until it falls into the right one: nothing that is held out was ever read in training.
+Everything about a picture follows from (kind, split, number). What it says (its caption, its text, a chart's title) falls by a hash into the training or a held-out
+split, and is drawn again until it falls into the right one: no caption, text or title that is held out was ever seen in training. Single words are.
 """
 import functools
 import hashlib
+import inspect
 import io
 import json
 import os
@@ -133,22 +134,23 @@ def draw_docs(rng, lines):
 # ---------------------------------------------------------------------------------------------------------------------
 # charts
 
-WHAT = ("Sales", "Rain", "Visitors", "Exports", "Prices", "Trees", "Votes", "Income", "Births", "Goals", "Traffic", "Energy")
-BY = ("city", "month", "year", "team", "region", "farm", "party", "school", "river", "store", "country", "group")
+WHAT = ("Sales", "Rain", "Visitors", "Exports", "Prices", "Trees", "Votes", "Income", "Births", "Goals", "Traffic", "Energy", "Books", "Cars", "Flights", "Jobs", "Letters", "Rents",
+        "Ships", "Wages")
+BY = ("city", "month", "year", "team", "region", "farm", "party", "school", "river", "store", "country", "group", "port", "season", "street", "village")
 LABELS = ("Oslo", "Rome", "Lima", "Bonn", "Cork", "Faro", "Kyiv", "Nice", "Pisa", "Riga", "Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct",
           "North", "South", "East", "West", "Red", "Ants", "Bees", "Cats", "Dogs", "Elks", "Foxes", "Goats")
 BARS = dict(red="#d62728", blue="#1f77b4", green="#2ca02c", orange="#ff7f0e", purple="#9467bd", brown="#8c564b", pink="#e377c2", grey="#7f7f7f")
 
 
 def plan_charts(rng):
-    """-> (title and labels, title, labels, values, colours)."""
+    """-> (title, labels, values, colours)."""
     n = rng.randint(3, 5)
     title, labels = f"{rng.choice(WHAT)} by {rng.choice(BY)}", rng.sample(LABELS, n)
     top = rng.choice((10, 20, 50, 100, 200, 500))
     values = [max(1, round(top * rng.uniform(0.08, 1))) for _ in range(n)]
     while len(set(values)) < n:  # one bar is the largest
         values = [value + rng.randint(0, 2) for value in values]
-    return " ".join([title, *labels]), title, labels, values, rng.sample(list(BARS), n)
+    return title, labels, values, rng.sample(list(BARS), n)
 
 
 def questions_of(title, labels, values, colours):
@@ -230,7 +232,7 @@ def rows_of_picture(kind, split, number):
         return [dict(source="<image>" + {"shapes": "What is there?", "docs": "Read it."}[kind], target=plan[0], images=images)]
     asked = random.Random(f"questions {split} {number}")
     kinds = {}
-    for what, question, answer in questions_of(*plan[1:]):
+    for what, question, answer in questions_of(*plan):
         kinds.setdefault(what, []).append((question, answer))
     rows = []
     for k in range(QUESTIONS):  # every kind as often as every other, as far as there are enough questions of it
@@ -246,8 +248,8 @@ class Store:
     BLOCK = 500
 
     def __init__(self, split, n):
-        source = "".join(open(__file__, encoding="utf-8").read().split("# ----")[3:4])  # another drawing is another store
         import matplotlib
+        source = [inspect.getsource(part) for part in (split_of, drawn_from, plan_charts, draw_charts)] + [WHAT, BY, LABELS, BARS]  # another drawing is another store
         key = hashlib.sha256(json.dumps([source, matplotlib.__version__, n]).encode()).hexdigest()[:12]
         self.folder, self.n, self.split = os.path.join(data.corpus.CACHE, f"charts-{key}", split), n, split
         self.files = {}
@@ -298,8 +300,8 @@ def draw_block(job):
     for number in range(first, end):
         rng, plan = drawn_from("charts", split, number, plan_charts)
         buffer = io.BytesIO()
-        draw_charts(rng, *plan[1:]).save(buffer, "PNG", compress_level=3)
+        draw_charts(rng, *plan).save(buffer, "PNG", compress_level=3)
         pictures.append(buffer.getvalue())
-    with open(path + ".new", "wb") as f:
+    with open(new := f"{path}.{os.getpid()}", "wb") as f:
         np.savez(f, bytes=np.frombuffer(b"".join(pictures), np.uint8), ends=np.cumsum([len(p) for p in pictures]))
-    os.replace(path + ".new", path)
+    os.replace(new, path)
