@@ -5,6 +5,7 @@
                                               --src=128,512,1024,4096 --plot=FILE is a sweep, --clients=1,4,16 a server
     python bench.py flops                     of a forward pass, counted
     python bench.py memory                    of weights and caches while generating
+    python bench.py vision                    a picture: seconds in the tower, tokens before and after selection, first token on each; --step: a training step
     python bench.py quality --run=RUN         scores a run on held-out rows of its task; --data=TASK: on another, or on
                                               multiple choice (mmlu, arc_easy, arc_challenge), or on text (perplexity)
     python bench.py compare --data=TASK       trains and scores decoder-only and the three splits, seed by seed; --teacher=RUN: distilled, too
@@ -36,6 +37,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -44,18 +46,18 @@ from data.choices import is_choice, load_choices
 from data.cli import UserError, parse, script, setting
 from data.corpus import prepare
 from data.exported import Exported
-from data.images import read_vision
+from data.images import VisionConfig, n_tokens, open_image, pixel_variance, prepare_image, read_vision, token_orders
 from data.metrics import score
 from data.objectives import Objective, pad_rows
 from data.pairs import Pairs
-from data.runs import ROOT, newest_run, read_record
 from data.picture_tasks import PicturePairs, is_picture_task, load_picture_task
+from data.runs import ROOT, newest_run, read_record
 from data.tasks import is_task, load_task
 from data.tokenizer import load_tokenizer
 from model import PRESETS, Config, Transformer, count_params, make_config
 from train import Settings as TrainSettings
 from train import Finetuning, World, answers, eval_starts, evenly, held_out, keep_memory, loss_of, make_optimizers, pair_losses, resolve
-
+from vision import TOWERS, VisionLM
 
 ARCHS = ("dec", "1/3", "1/2", "2/3")
 
@@ -108,6 +110,25 @@ class Cost:
     dtype: str = setting("float32", "memory: of weights and caches", ("float32", "bfloat16"))
     device: str = setting("auto", "memory: auto, cpu, cuda, cuda:N or mps")
     threads: int = setting(0, "CPU threads; 0 is torch's own choice")
+    json: str = setting(None, "write the rows to this file")
+
+
+@dataclass
+class Vision:
+    preset: str = setting("330m", "size of the language model", tuple(PRESETS))
+    archs: str = setting("2/3", "decoder-only and splits of the encoder-decoder, separated by commas, or all")
+    tower: str = setting("large", "a tower of vision.py; large is CLIP's ViT-L/14 at 336 pixels", tuple(TOWERS))
+    image: str = setting(None, "picture file; default: noise that fills the grid")
+    grid: int = setting(3, "tiles a side at most")
+    tokens: str = setting("all,variance", "ways to choose tokens, as vision.py's --tokens, separated by commas")
+    keep: float = setting(0.33, "share that stays")
+    engine: str = setting("torch,onnx-int8", "some of torch, onnx-fp32, onnx-int8, onnx-int4, separated by commas")
+    repeats: int = setting(3, "measurements behind each median")
+    step: bool = setting(False, "instead: one training step on one such picture, and the memory that it takes")
+    new: int = setting(32, "--step: target tokens")
+    dtype: str = setting("auto", "of torch", ("auto", "float32", "bfloat16"))
+    device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
+    threads: int = setting(0, "CPU threads; 0 is the engine's own choice")
     json: str = setting(None, "write the rows to this file")
 
 
@@ -605,6 +626,95 @@ def measure_memory(cfg, arch):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+def bench_vision(cfg):
+    """Random weights, which speed does not depend on. A process for each model and engine, so that its memory is its own."""
+    pairs = [(arch, engine) for arch in cfg.archs.split(",") for engine in (["torch"] if cfg.step else cfg.engine.split(","))]
+    rows = [row for pair in tqdm(pairs, desc="vision") for row in apart(vision_step if cfg.step else vision_of, cfg, *pair)]
+    table(rows, list(rows[0]))
+    return rows
+
+
+def picture_of(cfg, tokens):
+    """-> (VisionConfig, the picture as a PIL image)."""
+    vision = VisionConfig(**TOWERS[cfg.tower], grid=cfg.grid, tokens=tokens, keep=cfg.keep).check()
+    side = vision.image_size * max(1, cfg.grid)
+    return vision, open_image(cfg.image) if cfg.image else Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8))
+
+
+def seeing_model(cfg, arch, vision, n):
+    """A VisionLM of the preset that reads n tokens of a picture and sixteen of text, and that prompt."""
+    changes = dict(src_len=n + 64, tgt_len=64, image_id=5)
+    config = make_config(cfg.preset, "dec", **changes) if arch == "dec" else make_config(cfg.preset, "encdec", arch, **changes)
+    torch.manual_seed(0)
+    return VisionLM(config, vision).eval(), [5] * n + list(range(10, 26))
+
+
+def vision_of(cfg, arch, engine):
+    """Rows of one engine, one for each way to choose tokens: seconds to open, cut and score the picture, in the tower, and to the first token."""
+    _, world = train_world(cfg, cfg.dtype, "false")
+    rows = []
+    for tokens in cfg.tokens.split(","):
+        vision, image = picture_of(cfg, tokens)
+        n = n_tokens(*image.size, vision)
+        model, prompt = seeing_model(cfg, arch, vision, n)
+        flops, tower = prompt_flops(model.config, len(prompt)), model.tower.flops()
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            if engine == "torch":
+                model = model.to(world.device, world.dtype).pack()
+                start = functools.partial(model.prefill, [prompt], 1)
+            else:
+                from export import write
+                write(model, os.path.join(folder, "x"), engine[5:])
+                model = None
+                model = Exported(os.path.join(folder, "x"), cfg.threads, world.device.type)
+                start = functools.partial(model.start, [prompt], 1)
+            with torch.inference_mode():
+                prepared = seconds(lambda: prepare_image(image, vision), torch.device("cpu"), cfg.repeats)
+                picture = prepare_image(image, vision)
+                chosen = seconds(lambda: (pixel_variance(np.concatenate(picture.tiles[1:]), vision.patch) if tokens == "variance" and picture.at.rows else None,
+                                          token_orders([picture], vision)), torch.device("cpu"), cfg.repeats)
+                seen = seconds(lambda: model.see([picture]), world.device, cfg.repeats)
+                images = model.see([picture])[0]
+                first = seconds(lambda: start(images=images), world.device, cfg.repeats)
+        found = {name: statistics.median(times) for name, times in dict(open=prepared, select=chosen, tower=seen, first=first).items()}
+        rows.append(dict(arch=arch, engine=engine, tokens=tokens, picture=f"{image.width}x{image.height}", tiles=len(picture.tiles), n_tokens=n,
+                         prepare_ms=round(1e3 * found["open"], 1), select_ms=round(1e3 * found["select"], 2), tower_ms=round(1e3 * found["tower"]),
+                         select_share=round(found["select"] / found["tower"], 5), tower_gflop=round(len(picture.tiles) * tower / 1e9), first_ms=round(1e3 * found["first"]),
+                         first_gflop=round(flops / 1e9), first_of_all=None, gflop_of_all=None))
+    for row in rows:
+        row["first_of_all"], row["gflop_of_all"] = round(row["first_ms"] / rows[0]["first_ms"], 3), round(row["first_gflop"] / rows[0]["first_gflop"], 3)
+    return rows
+
+
+def vision_step(cfg, arch, engine):
+    """One optimizer step of everything, the tower too, on one picture: its time and the most memory held."""
+    settings, world = train_world(cfg, cfg.dtype, "false")
+    keep_memory()
+    vision, image = picture_of(cfg, cfg.tokens.split(",")[-1])
+    n = n_tokens(*image.size, vision)
+    model, prompt = seeing_model(cfg, arch, vision, n)
+    model = model.to(world.device).train()
+    optimizers, picture = make_optimizers(model, settings, world.dtype, lambda text: None), prepare_image(image, vision)
+    answer = torch.arange(30, 30 + cfg.new, device=world.device)
+    src, tgt = torch.tensor([prompt], device=world.device), answer[None]
+    mask = torch.ones_like(tgt, dtype=torch.bool)
+    if arch == "dec":
+        src, tgt, mask = None, torch.cat((src, tgt), 1), torch.cat((torch.zeros_like(src, dtype=torch.bool), mask), 1)
+    start = time.perf_counter()
+    with world.precision():
+        images = model.seen([picture])[0]
+        loss = model(src, None, tgt, mask, images=images)[1]
+        loss.backward()
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return [dict(arch=arch, params_m=round(model.num_params() / 1e6, 1), tower_m=round(sum(p.numel() for p in model.tower.parameters()) / 1e6, 1), n_tokens=n, tiles=len(picture.tiles),
+                 new=cfg.new, loss=round(loss.item(), 3), step_s=round(time.perf_counter() - start, 1), peak_mb=peak_memory(world.device))]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Quality
 
 def bench_quality(cfg):
@@ -624,8 +734,6 @@ def bench_quality(cfg):
     settings.device, settings.dtype, settings.threads, settings.eval_rows = cfg.device, cfg.dtype, cfg.threads, cfg.eval_rows
     world = World(settings)
     vision = read_vision(cfg.run)
-    if vision:
-        from vision import VisionLM
     model, tokenizer = (VisionLM if vision else Transformer).load(cfg.run, device=world.device).eval(), load_tokenizer(cfg.run)
     start = time.perf_counter()
     if vision:
@@ -965,6 +1073,16 @@ def check_cost(cfg):
             raise UserError(f"--{name}={getattr(cfg, name)} must be at least 1")
 
 
+def check_vision(cfg):
+    check_list(cfg, "archs", ARCHS)
+    check_list(cfg, "engine", ("torch", "onnx-fp32", "onnx-int8", "onnx-int4"))
+    check_list(cfg, "tokens", ("all", "variance", "learned", "concat"))
+    for name in ("repeats", "new"):
+        if getattr(cfg, name) < 1:
+            raise UserError(f"--{name}={getattr(cfg, name)} must be at least 1")
+    picture_of(cfg, cfg.tokens.split(",")[-1])
+
+
 def check_plot(cfg):
     if cfg.plot and not cfg.plot.endswith((".png", ".pdf", ".svg")):
         raise UserError(f"--plot={cfg.plot} must end in .png, .pdf or .svg")
@@ -1014,7 +1132,7 @@ def check_distill(cfg):
 
 
 COMMANDS = {"train": (Train, check_train, bench_train), "speed": (Speed, check_speed, bench_speed), "flops": (Cost, check_cost, bench_flops),
-            "memory": (Cost, check_cost, bench_memory), "quality": (Quality, check_quality, bench_quality), "compare": (Compare, check_compare, bench_compare),
+            "memory": (Cost, check_cost, bench_memory), "vision": (Vision, check_vision, bench_vision), "quality": (Quality, check_quality, bench_quality), "compare": (Compare, check_compare, bench_compare),
             "distill": (Distill, check_distill, bench_distill)}
 
 

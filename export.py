@@ -332,7 +332,7 @@ def vision_graph(model, weights, precision):
     x = g.op("Cast", tiles, to=int(helper.np_dtype_to_tensor_dtype(np.dtype(g.float))))
     x = g.op("Mul", g.op("Sub", x, g.vector("mean", (255 * mean).astype(g.float))), g.vector("std", (1 / (255 * std)).astype(g.float)))
     x = g.op("Transpose", g.op("Reshape", x, g.constant(-1, side, patch, side, patch, 3)), perm=[0, 1, 3, 5, 2, 4])
-    x = linear(g, g.op("Reshape", x, g.constant(-1, side * side, 3 * patch * patch)), tower.embed_patch, "tower.embed_patch")
+    x = linear(g, g.op("Reshape", x, g.constant(-1, side * side, 3 * patch * patch)), tower.patches, "tower.patches")
     positions = array(tower.embed_position)
     if tower.embed_class is not None:  # with its position: a row that is put before those of the patches of every tile
         first = g.op("Expand", g.vector("class", (array(tower.embed_class) + positions[0]).astype(g.float).reshape(1, 1, -1)),

@@ -10,7 +10,9 @@
 
 The paper's section 4: a picture is cut into tiles and a thumbnail (data/images.py), each goes through the tower (CLIP's vision transformer), a projector of two
 layers makes each patch's features a token as wide as the text's, fewer of them if --tokens asks for it, and they stand in front of the text in the encoder;
-without one, in front of the prompt.
+without one, in front of the prompt. How many they are, with P patches a side of the tower's input: P^2 of the thumbnail and, where the picture is larger than that input,
+R rows of C patches on the grid of tiles and R row ends; with --tokens=variance or learned --keep of the R C; with concat everything but the row ends times --keep.
+A photograph of 1008 x 1008 pixels is 576 + 72 * 72 + 72 = 5832 tokens to CLIP's ViT-L/14 at 336 pixels, 2359 with --tokens=variance --keep=0.33.
 
 Stages: `align` trains the projector alone (and what else is new between pictures and text); `ocr`, `instruct` and `task` the language model, too. A tower from a
 file (--vision=hf:) stays as it is unless --train_tower; one that begins from nothing is trained in every stage. The paper's data: align LLaVA-Pretrain; ocr UReader,
@@ -110,7 +112,7 @@ class Tower(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        self.embed_patch = nn.Linear(3 * cfg.patch ** 2, cfg.n_embd, bias=cfg.patch_bias)
+        self.patches = nn.Linear(3 * cfg.patch ** 2, cfg.n_embd, bias=cfg.patch_bias)
         self.embed_class = nn.Parameter(torch.zeros(cfg.n_embd)) if cfg.class_token else None
         self.embed_position = nn.Parameter(torch.empty(cfg.side ** 2 + cfg.class_token, cfg.n_embd))
         self.pre_norm = nn.LayerNorm(cfg.n_embd, cfg.norm_eps) if cfg.pre_norm else None
@@ -118,11 +120,11 @@ class Tower(nn.Module):
 
     def forward(self, tiles):
         """tiles (B, size, size, 3) of bytes -> features of the patches, row by row: (B, side * side, n_embd)."""
-        cfg, like = self.cfg, self.embed_patch.weight
+        cfg, like = self.cfg, self.patches.weight
         mean, std = (torch.tensor(values, device=like.device) for values in (cfg.mean, cfg.std))
         x = ((tiles / 255 - mean) / std).to(like.dtype)
         x = x.unflatten(2, (cfg.side, cfg.patch)).unflatten(1, (cfg.side, cfg.patch))  # (B, side, patch, side, patch, 3)
-        x = self.embed_patch(x.permute(0, 1, 3, 5, 2, 4).flatten(3).flatten(1, 2))
+        x = self.patches(x.permute(0, 1, 3, 5, 2, 4).flatten(3).flatten(1, 2))
         if self.embed_class is not None:
             x = torch.cat((self.embed_class.to(x.dtype).expand(len(x), 1, -1), x), dim=1)
         x = x + self.embed_position.to(x.dtype)
@@ -135,7 +137,7 @@ class Tower(nn.Module):
         """Of one tile."""
         n, patches = len(self.embed_position), self.cfg.side ** 2
         matrices = sum(p.numel() for p in self.layers.parameters() if p.ndim == 2)
-        return 2 * patches * self.embed_patch.weight.numel() + 2 * n * matrices + 4 * n * n * self.cfg.n_embd * self.cfg.n_layer
+        return 2 * patches * self.patches.weight.numel() + 2 * n * matrices + 4 * n * n * self.cfg.n_embd * self.cfg.n_layer
 
 
 class Projector(nn.Module):
@@ -298,13 +300,13 @@ def renamed(tensors, config, where):
     parts = dict(norm1="layer_norm1", norm2="layer_norm2", wq="self_attn.q_proj", wk="self_attn.k_proj", wv="self_attn.v_proj", wo="self_attn.out_proj", up="mlp.fc1", down="mlp.fc2")
     for i in range(config["n_layer"]):
         names |= {f"layers.{i}.{ours}.{part}": f"encoder.layers.{i}.{theirs}.{part}" for ours, theirs in parts.items() for part in ("weight", "bias")}
-    names["embed_patch.weight"] = "embeddings.patch_embedding.weight"
+    names["patches.weight"] = "embeddings.patch_embedding.weight"
     if config["patch_bias"]:
-        names["embed_patch.bias"] = "embeddings.patch_embedding.bias"
+        names["patches.bias"] = "embeddings.patch_embedding.bias"
     if missing := [theirs for theirs in names.values() if theirs not in tensors]:
         raise UserError(f"{where} lacks {missing[0]}: are these the weights of a CLIP or SigLIP vision tower?")
     found = {ours: tensors[theirs].float() for ours, theirs in names.items()}
-    found["embed_patch.weight"] = found["embed_patch.weight"].flatten(1)  # a convolution whose steps are as wide as its window
+    found["patches.weight"] = found["patches.weight"].flatten(1)  # a convolution whose steps are as wide as its window
     with torch.device("meta"):
         wanted = Tower(VisionConfig(**config).check()).state_dict()
     for name, p in wanted.items():

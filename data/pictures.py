@@ -69,7 +69,7 @@ def draw_shapes(rng, groups, size=96):
     for n, colour, shape, place in groups:
         rgb = tuple(max(0, min(255, c + rng.randint(-20, 20))) for c in COLOURS[colour])
         for quarter in rng.sample(range(4), n):
-            r = field * rng.uniform(0.13, 0.22)
+            r = field * rng.uniform(0.17, 0.24)
             x, y = ((at + 0.5) * field / 2 + rng.uniform(-1, 1) * (field / 4 - r) for at in (quarter % 2, quarter // 2))
             x, y = x + place % 3 * field, y + place // 3 * field
             if shape == "circle":
@@ -195,7 +195,7 @@ def draw_charts(rng, title, labels, values, colours, size=160):
 # As rows of a task
 
 PLANS = dict(shapes=plan_shapes, docs=plan_docs, charts=plan_charts)
-SIZES = dict(shapes=(200_000, 1000, 1000), docs=(100_000, 500, 500), charts=(20_000, 250, 250))  # pictures of train, val and test
+SIZES = dict(shapes=(200_000, 1000, 1000), docs=(100_000, 500, 500), charts=(12_000, 250, 250))  # pictures of train, val and test
 QUESTIONS = 8  # of a chart
 
 

@@ -524,11 +524,26 @@ def test_stages(tmp_path, monkeypatch, capsys):
     assert not any(name.startswith("tower") for name in moved) and {"projector.up.weight", "embed.weight", "enc.0.attn.wq.weight"} <= moved
 
 
+def few_pictures_elsewhere(tmp_path, monkeypatch):
+    """For processes that a test starts."""
+    (tmp_path / "sitecustomize.py").write_text("import data.pictures\ndata.pictures.SIZES = dict(shapes=(24, 6, 6), docs=(24, 6, 6), charts=(4, 2, 2))\n")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+
+
+def test_two_processes_equal_one(tmp_path, monkeypatch, capsys):
+    words = [word for word in ENC if not word.startswith("--batch_size")] + ["--data=docs", "--max_iters=3", "--eval_interval=10"]
+    run_of([*words, "--batch_size=4", "--out=one"], monkeypatch, capsys)
+    few_pictures_elsewhere(tmp_path, monkeypatch)
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", os.path.join(ROOT, "vision.py"), *words, "--batch_size=2", "--out=two",
+                           "--threads=1"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = ([row["loss"] for row in map(json.loads, open(f"{name}/log.jsonl")) if "loss" in row] for name in ("one", "two"))
+    assert one == pytest.approx(two, rel=1e-4)
+
+
 def test_compare_trains_both_kinds(tmp_path, monkeypatch, capsys):
     words = " ".join(word for word in TINY if not word.startswith(("--device", "--n_dec", "--n_enc")))
-    site = tmp_path / "sitecustomize.py"  # for the processes that it starts
-    site.write_text("import data.pictures\ndata.pictures.SIZES = dict(shapes=(24, 6, 6), docs=(24, 6, 6), charts=(4, 2, 2))\n")
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    few_pictures_elsewhere(tmp_path, monkeypatch)
     args = ["compare", "--data=shapes", "--archs=dec,2/3", "--seeds=1", "--max_minutes=0.01", f"--train={words}", "--results=r.jsonl"]
     status, out, err = call(bench.main, args, monkeypatch, capsys)
     assert status == 0, err
