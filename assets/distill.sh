@@ -1,5 +1,5 @@
 #!/bin/bash
-# Every distillation figure of the README: the teachers (52 and 50 minutes, each on one core), the comparison (an hour a task), the ablation. What is in the
+# Every distillation figure of the README: the teachers (51 and 60 minutes, each on one core), the comparison (an hour a task), going on, the race, the ablation. What is in the
 # results files already is not run again. CODEXGLUE names a local copy of the data set: CODEXGLUE=codexglue:FOLDER bash assets/distill.sh [--device=cuda]
 set -eu
 cd "$(dirname "$0")/.."
@@ -19,6 +19,22 @@ run out/teacher-docstring --arch=dec --init_from=out/dec-mini-pycode-full --data
 compare() { $python bench.py compare --archs=dec,2/3 --max_minutes=3.5 --seeds=3 --distill='--alpha=0.5 --kl=forward --sequences=data' "$@"; }
 compare --data=docstring --teacher=out/teacher-docstring --eval_split=test --results=assets/compare-docstring.jsonl --train='--tokenizer=out/encdec-nano-pycode' "$@"
 compare --data=$codexglue --teacher=out/teacher-codexglue --results=assets/compare-codexglue.jsonl --train='--vocab_size=4096 --tgt_len=512 --batch_size=5 --eval_interval=250' "$@"
+
+# The fourth line of the table: cross-entropy alone, for as long as a single distilled run and the reading of its teacher.
+$python bench.py compare --data=docstring --archs=2/3 --seeds=1 --max_minutes=6.25 --eval_split=test --results=assets/compare-docstring.jsonl --train='--tokenizer=out/encdec-nano-pycode' "$@"
+# Students that go on: those of the comparison, from the folder of its results.
+students=assets/compare-codexglue
+first=$(cd $students && ls -d nano-23-1-* | head -1) && first=${first#nano-23-1-}
+on='--tgt_len=512 --batch_size=5 --lr=5e-3 --embed_lr=2e-3 --threads=1'
+$python bench.py compare --data=$codexglue --teacher=out/teacher-codexglue --archs=2/3 --max_minutes=2.5 --seeds=3 --distill='--alpha=0.5 --kl=forward --sequences=data' \
+    --results=assets/compare-codexglue-on.jsonl --train="--init_from=$students/nano-{arch}-{seed}-$first $on --eval_interval=1000" "$@"
+# On-policy against fixed answers: the curves are in out/race-*/log.jsonl.
+race() { [ -e out/race-$1/loss.png ] || $python distill.py --teacher=out/teacher-codexglue --data=$codexglue --student=$students/nano-23-1-$first $on --max_minutes=4 --eval_interval=40 \
+    --eval_rows=128 --seed=1 --out=out/race-$1 "${@:2}"; }
+race none --alpha=0 "$@"
+race data --alpha=0.5 --kl=forward --sequences=data "$@"
+race student --alpha=0.5 --kl=forward --sequences=student "$@"
+race reverse --alpha=0.5 --kl=reverse --sequences=student "$@"
 
 # The ablation.
 $python bench.py distill --data=$codexglue --teacher=out/teacher-codexglue --kls=forward,reverse --max_minutes=2 --results=assets/distill-codexglue.jsonl \
