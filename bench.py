@@ -27,6 +27,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -49,8 +50,9 @@ from data.exported import Exported
 from data.images import VisionConfig, n_tokens, open_image, pixel_variance, prepare_image, read_vision, token_orders
 from data.metrics import score
 from data.objectives import Objective, pad_rows
-from data.pairs import Pairs
+from data.pairs import IMAGE, Pairs
 from data.picture_tasks import PicturePairs, is_picture_task, load_picture_task
+from data.picture_tasks import load as load_image
 from data.runs import ROOT, newest_run, read_record
 from data.tasks import is_task, load_task
 from data.tokenizer import load_tokenizer
@@ -143,6 +145,7 @@ class Quality:
     eval_rows: int = setting(0, "how many of them, evenly spaced; 0 is all")
     batch_size: int = setting(128, "answers made at once")
     out: str = setting(None, "where the answers go, one JSON object a line, as the ragas library reads them; default: predictions.jsonl in the run folder")
+    plot: str = setting(None, "a run with pictures: draw some with right and some with wrong answers into this file")
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: str = setting("auto", "of the matrix products", ("auto", "float32", "bfloat16"))
     threads: int = setting(0, "CPU threads; 0 is torch's own choice")
@@ -782,10 +785,30 @@ def score_task(model, tokenizer, task, settings, cfg, world, vision=None):
                                     retrieved_contexts=[row.get("context", row["source"])]), ensure_ascii=False) + "\n")
     print(f"{len(rows)} answers in {path}; {pairs.describe()}")
     found = dict(rows=len(rows), **score(task, texts, rows), **pair_losses(model, pairs, every, 32, world))
+    if vision and cfg.plot:
+        plot_answers(pairs, texts, cfg.plot)
     if vision:
         pairs.blank = True
         found["blank"] = next(iter(score(task, answers(model, pairs, every, settings.tgt_len, cfg.batch_size, world), rows).values()))
     return found
+
+
+def plot_answers(pairs, texts, path, each=5):
+    """The first pictures with right answers above the first with wrong ones."""
+    plt = pyplot()
+    right = [row for row, text in enumerate(texts) if text == pairs.rows[row]["target"]]
+    wrong = [row for row, text in enumerate(texts) if text != pairs.rows[row]["target"]]
+    figure, axes = plt.subplots(2, each, figsize=(2.6 * each, 7), squeeze=False)
+    for line, rows in zip(axes, (right, wrong)):
+        for axis in line:
+            axis.axis("off")
+        for axis, row in zip(line, rows):
+            source = pairs.rows[row]["source"].replace(IMAGE, "").strip()
+            said = f"{source}\n{texts[row]}" + ("" if row in right else f"\n(right: {pairs.rows[row]['target']})")
+            axis.imshow(load_image(pairs.rows[row]["images"][0], "a picture"))
+            axis.set_title("\n".join(part for words in said.split("\n") for part in textwrap.wrap(words, 34)), fontsize=8, color="black" if row in right else "tab:red")
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
 
 
 @torch.no_grad()
@@ -1089,6 +1112,9 @@ def check_plot(cfg):
 
 
 def check_quality(cfg):
+    check_plot(cfg)
+    if cfg.plot and not os.path.exists(os.path.join(cfg.run or newest_run(), "vision.json")):
+        raise UserError(f"--plot={cfg.plot} draws pictures, and {cfg.run or newest_run()} is a run without")
     for name in ("batch_size", "eval_rows", "threads"):
         if getattr(cfg, name) < (name == "batch_size"):
             raise UserError(f"--{name}={getattr(cfg, name)} is too small")

@@ -1,7 +1,8 @@
 """Pictures for the language model: a vision tower, a projector, and the training of both.
 
-    python vision.py                                                 twenty minutes on two cores: says what shapes are in a picture
-    python vision.py --data=charts --image_size=160 --patch=10 --grid=0      questions about bar charts; --data=docs reads lines of text
+    python vision.py                                                 ten minutes on two cores: says what shapes are in a picture
+    python vision.py --data=charts --image_size=160 --patch=10 --grid=0 --batch_size=10 --max_minutes=20      questions about bar charts
+    python vision.py --data=docs --image_size=48 --patch=8 --grid=6  reads lines of text, cut into tiles
     python vision.py --arch=dec                                      the decoder-only rival: no encoder between the pictures and the answer
     python vision.py --stage=align --init_from=RUN --vision=hf:openai/clip-vit-large-patch14-336 --data=llava-pretrain
     python vision.py --stage=instruct --init_from=out/ALIGNED --data=llava-instruct      and so on: ocr, instruct, task
@@ -44,7 +45,7 @@ from train import Finetuning, adopt, answers, evenly, launch, load_run, resolve,
 
 # Towers. `n_layer` counts the layers that run: of CLIP all but the last.
 TOWERS = {
-    "tiny": dict(image_size=96, patch=8, n_layer=3, n_embd=192, n_head=3, n_hidden=512),
+    "tiny": dict(image_size=96, patch=16, n_layer=3, n_embd=192, n_head=3, n_hidden=512),
     "small": dict(image_size=224, patch=16, n_layer=11, n_embd=384, n_head=6, n_hidden=1536),
     "base": dict(image_size=224, patch=16, n_layer=11, n_embd=768, n_head=12, n_hidden=3072),
     "large": dict(image_size=336, patch=14, n_layer=23, n_embd=1024, n_head=16, n_hidden=4096),  # CLIP's ViT-L/14 at 336 pixels, the paper's
@@ -445,7 +446,7 @@ def vision_of(cfg):
     return VisionConfig(**TOWERS[cfg.vision] | {name: value for name, value in chosen.items() if value is not None}, **how).check(), None
 
 
-DEFAULTS = dict(src_len=1024, tgt_len=64, max_minutes=20, vocab_size=1024)  # of the small sizes, where train.py's are a text's
+DEFAULTS = dict(src_len=1024, tgt_len=64, batch_size=5, max_minutes=10, vocab_size=1024)  # of the small sizes, where train.py's are a text's
 
 
 def check(cfg):
@@ -470,7 +471,7 @@ def main():
     cfg.objective = "seq2seq"
     cfg.cross_rope = False if cfg.cross_rope is None and cfg.init_from == "scratch" else cfg.cross_rope  # an answer does not follow the order of patches
     small = train.DEFAULTS[cfg.preset]["src_len"] < DEFAULTS["src_len"]
-    for name, value in (DEFAULTS if small else dict(src_len=8192, tgt_len=256)).items():
+    for name, value in (DEFAULTS if small else dict(src_len=8192, tgt_len=256, batch_size=4)).items():
         if getattr(cfg, name) is None and not (name == "max_minutes" and cfg.max_iters):
             setattr(cfg, name, value)
     cfg = resolve(cfg)

@@ -23,8 +23,7 @@ compare --data=$codexglue --teacher=out/teacher-codexglue --results=assets/compa
 # The fourth line of the table: cross-entropy alone, for as long as a single distilled run and the reading of its teacher.
 $python bench.py compare --data=docstring --archs=2/3 --seeds=1 --max_minutes=6.25 --eval_split=test --results=assets/compare-docstring.jsonl --train='--tokenizer=out/encdec-nano-pycode' "$@"
 # Students that go on: those of the comparison, from the folder of its results.
-students=assets/compare-codexglue
-first=$(cd $students && ls -d nano-23-1-* | head -1) && first=${first#nano-23-1-}
+students=assets/compare-codexglue first=7e1b  # what cross-entropy's folders end with: a hash of the settings above
 on='--tgt_len=512 --batch_size=5 --lr=5e-3 --embed_lr=2e-3 --threads=1'
 $python bench.py compare --data=$codexglue --teacher=out/teacher-codexglue --archs=2/3 --max_minutes=2.5 --seeds=3 --distill='--alpha=0.5 --kl=forward --sequences=data' \
     --results=assets/compare-codexglue-on.jsonl --train="--init_from=$students/nano-{arch}-{seed}-$first $on --eval_interval=1000" "$@"

@@ -1,14 +1,14 @@
 #!/bin/bash
-# Every figure of the README's section on pictures: the comparison on shapes (two hours on two cores) and charts (forty minutes), the ablation (forty minutes), what a picture
+# Every figure of the README's section on pictures: the comparison on shapes (fifty minutes, one core) and charts (fifty minutes, one core), the ablation (forty minutes), what a picture
 # costs (ten minutes). What is in the results files already is not run again. bash assets/vision.sh [--device=cuda]
 set -eu
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
 
-shapes='--patch=12 --batch_size=5 --eval_rows=200 --compile=true'
+shapes='--patch=16 --batch_size=5 --eval_rows=200 --compile=true'
 charts='--image_size=160 --patch=10 --grid=0 --batch_size=10 --eval_rows=200 --compile=true'
-$python bench.py compare --data=shapes --archs=dec,2/3 --seeds=3 --max_minutes=20 --train="$shapes" --eval_split=test --results=assets/vision-shapes.jsonl "$@"
-$python bench.py compare --data=charts --archs=dec,2/3 --seeds=1 --max_minutes=20 --train="$charts" --eval_split=test --results=assets/vision-charts.jsonl "$@"
+$python bench.py compare --data=shapes --archs=dec,2/3 --seeds=3 --max_minutes=6 --threads=1 --train="$shapes" --eval_split=test --results=assets/vision-shapes.jsonl "$@"
+$python bench.py compare --data=charts --archs=dec,2/3 --seeds=1 --max_minutes=20 --threads=1 --train="$charts" --eval_split=test --results=assets/vision-charts.jsonl "$@"
 
 # The paper's table 3, on lines of text cut into tiles.
 docs='--image_size=48 --patch=8 --grid=6 --batch_size=6 --eval_rows=200 --compile=true'

@@ -225,6 +225,12 @@ def test_foreign_towers_that_cannot_be_used_are_named(tmp_path):
     save_file({"vision_model.other": torch.zeros(2)}, str(tmp_path / "model.safetensors"))
     with pytest.raises(UserError, match="lacks embeddings.position_embedding"):
         foreign_tower(str(tmp_path))
+    transformers = pytest.importorskip("transformers")
+    shape = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=24, patch_size=8)
+    transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**shape)).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(shape | dict(model_type="clip_vision_model", hidden_size=32)))
+    with pytest.raises(UserError, match="embeddings.class_embedding is .16,. in the file, .32,. by config"):
+        foreign_tower(str(tmp_path))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -445,8 +451,8 @@ def test_every_kind_trains_answers_exports(tmp_path, monkeypatch, capsys, words)
     status, said, err = call(sample.main, ["--run=run", "--image=p.png", "--prompt=What is there?", "--max_new_tokens=8", "--dtype=float32", "--show_tokens=kept.png"], monkeypatch, capsys)
     assert status == 0, err
     assert Image.open("kept.png").size == tuple(layout(50, 40, model.vision).drawn)
-    status, _, err = call(bench.main, ["quality", "--run=run", "--json=q.json", "--eval_rows=4"], monkeypatch, capsys)
-    assert status == 0 and "blank" in json.load(open("q.json"))["rows"][0], err
+    status, _, err = call(bench.main, ["quality", "--run=run", "--json=q.json", "--eval_rows=4", "--plot=q.png"], monkeypatch, capsys)
+    assert status == 0 and "blank" in json.load(open("q.json"))["rows"][0] and os.path.exists("q.png"), err
     status, _, err = call(export.main, ["--run=run", "--out=onnx", "--rows=3", "--new=4"], monkeypatch, capsys)
     if model.config.look != "none":
         assert status == 2 and "--look" in one_line(err)
@@ -637,6 +643,9 @@ def test_bad_prompts(tmp_path, monkeypatch, capsys):
     run_of([*ENC, "--out=run", "--max_iters=1"], monkeypatch, capsys)
     noise(20, 20).save("p.png")
     (tmp_path / "bad.png").write_bytes(b"nothing")
+    for size in ((1, 1), (20000, 2), (2, 3000)):
+        noise(*size).save("odd.png")
+        assert call(sample.main, ["--run=run", "--image=odd.png", "--prompt=x", "--max_new_tokens=2"], monkeypatch, capsys)[0] == 0
     for words, said in ((["--image=p.png", "--prompt=<image> <image>"], "2 <image>"), (["--image=p.png,p.png", "--prompt=<image>"], "names 2"), (["--prompt=<image>?"], "names 0"),
                         (["--image=bad.png", "--prompt=x"], "no picture"), (["--image=none.png", "--prompt=x"], "no such file"), (["--prompt=x", "--show_tokens=x.png"], "--show_tokens")):
         status, _, err = call(sample.main, ["--run=run", *words], monkeypatch, capsys)
