@@ -337,6 +337,8 @@ def test_charts_have_the_answers_to_their_questions():
     for number in range(30):
         _, plan = data.pictures.drawn_from("charts", "val", number, data.pictures.plan_charts)
         title, labels, values, colours = plan
+        table = rows_of_picture("charts", "train", number)[-1]
+        assert table["kind"] == "table" and all(row["kind"] != "table" for row in rows_of_picture("charts", "test", number))
         for row in rows_of_picture("charts", "val", number):
             kinds.add(row["kind"])
             named = [label for label in labels if f" {label}" in row["source"]]
