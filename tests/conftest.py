@@ -14,7 +14,7 @@ import torch
 import data.cli
 import data.corpus
 
-torch.set_num_threads(2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 TINY = ["--tokenizer=bytes", "--n_embd=32", "--n_head=2", "--n_kv_head=1", "--head_dim=16", "--n_hidden=48",
         "--src_len=32", "--tgt_len=16", "--batch_size=4", "--eval_rows=8", "--warmup_iters=2", "--compile=false",

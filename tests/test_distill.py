@@ -153,7 +153,7 @@ def some_job(model, teacher, answers=None, **settings):
     job.pairs = {"train": Pairs([dict(source=s, target=t) for s, t in texts], tokenizer, 40, 40, model.config.n_enc == 0)}
     job.prompts = teacher.prompts([s for s, _ in texts], job.pairs["train"])
     references = [None if part is None else torch.from_numpy(part) for part in job.pairs["train"].batch(range(8))]
-    return job, distill.Batch(references, np.arange(8), np.arange(8), answers and [job.usable(answer) for answer in answers], 1.0, 0)
+    return job, distill.Batch(references, np.arange(8), np.arange(8), np.arange(8), answers and [job.usable(answer) for answer in answers], 1.0, None, 0)
 
 
 def own(model):
@@ -226,7 +226,7 @@ def test_rows_do_not_depend_on_their_neighbours_or_on_filler():
     for row in range(8):
         references = [None if p is None else torch.from_numpy(p) for p in job.pairs["train"].batch([row, 3])]  # the second without a loss
         references[3][1:] = False
-        alone.append(job.loss_of(student, distill.Batch(references, np.array([row]), np.array([0]), [job.usable(ANSWERS[row])], 1.0, 0)))
+        alone.append(job.loss_of(student, distill.Batch(references, np.array([row, 3]), np.array([row]), np.array([0]), [job.usable(ANSWERS[row])], 1.0, None, 0)))
     for name in ("divergence", "cross_entropy"):
         assert sum(float(part[2][name][0]) for part in alone) == pytest.approx(float(whole[2][name][0]), rel=1e-4)
         assert sum(part[2][name][1] for part in alone) == whole[2][name][1]
