@@ -59,7 +59,7 @@ from data.tokenizer import load_tokenizer
 from model import PRESETS, Config, Transformer, count_params, make_config
 from train import Settings as TrainSettings
 from train import Finetuning, World, answers, eval_starts, evenly, held_out, keep_memory, loss_of, make_optimizers, pair_losses, resolve
-from vision import TOWERS, VisionLM
+from vision import TOWERS, VisionLM, blind_score, load_model
 
 ARCHS = ("dec", "1/3", "1/2", "2/3")
 
@@ -707,7 +707,7 @@ def vision_step(cfg, arch, engine):
         src, tgt, mask = None, torch.cat((src, tgt), 1), torch.cat((torch.zeros_like(src, dtype=torch.bool), mask), 1)
     start = time.perf_counter()
     with world.precision():
-        images = model.seen([picture])[0]
+        images = model.tokens_of([picture])[0]
         loss = model(src, None, tgt, mask, images=images)[1]
         loss.backward()
     for optimizer in optimizers:
@@ -737,7 +737,7 @@ def bench_quality(cfg):
     settings.device, settings.dtype, settings.threads, settings.eval_rows = cfg.device, cfg.dtype, cfg.threads, cfg.eval_rows
     world = World(settings)
     vision = read_vision(cfg.run)
-    model, tokenizer = (VisionLM if vision else Transformer).load(cfg.run, device=world.device).eval(), load_tokenizer(cfg.run)
+    model, tokenizer = load_model(cfg.run, device=world.device).eval(), load_tokenizer(cfg.run)
     start = time.perf_counter()
     if vision:
         task = load_picture_task(data, cfg.skip_bad or settings.skip_bad)
@@ -788,8 +788,7 @@ def score_task(model, tokenizer, task, settings, cfg, world, vision=None):
     if vision and cfg.plot:
         plot_answers(pairs, texts, cfg.plot)
     if vision:
-        pairs.blank = True
-        found["blank"] = next(iter(score(task, answers(model, pairs, every, settings.tgt_len, cfg.batch_size, world), rows).values()))
+        found["blank"] = blind_score(model, task, pairs, every, settings.tgt_len, cfg.batch_size, world)
     return found
 
 
@@ -968,9 +967,7 @@ def compare_run(cfg, trial, folder):
         scores = json.load(f)["rows"][0]
     with open(os.path.join(out, "log.jsonl"), encoding="utf-8") as f:
         log = [json.loads(line) for line in f]
-    with open(os.path.join(out, "model.safetensors"), "rb") as f:
-        header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
-    params = sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+    params = load_model(out).num_params()
     scores = {key: value for key, value in scores.items() if key not in ("run", "data", "split", "seconds")}
     metric = next(key for key in scores if key != "rows")
     return trial | dict(metric=metric, params_m=round(params / 1e6, 3), train_s=log[-1]["time_s"], tokens_m=log[-1]["tokens"] / 1e6,

@@ -165,7 +165,7 @@ def in_chunks(function, n_words, *tensors):
 # Teachers. Each has: tokenizer; n_ids, how many of its ids are real; identity, which tells it from others; n_params; and
 #   forbidden                    ids that no answer may have: placeholders of pictures
 #   prompts(texts, pairs)        what it reads before an answer, for rows of a task: arrays of ids; shown(ids) is one for people
-#   look(rows, pairs)            what it is given of the pictures of these rows, by keyword: for `read` and `write`
+#   sees(rows, pairs)            what it is given of the pictures of these rows, by keyword: for `read` and `write`
 #   read(prompts, answers)       what `head` turns into logits, one row for every token of every answer, in order: (N, ...)
 #   head(read)                   logits (N, n_ids) of each of those tokens, given all before it
 #   write(prompts, n, ...)       answers of at most n tokens: lists of ids
@@ -197,7 +197,7 @@ class OwnTeacher:
             pairs.skip_bad = True  # a picture that breaks when it is unpacked is named, or skipped, by the student's
         return [np.append(source, self.tokenizer.sep) for source in pairs.sources]
 
-    def look(self, rows, pairs):
+    def sees(self, rows, pairs):
         return self.pairs.shown(self.model, rows) if isinstance(pairs, PicturePairs) else {}
 
     def shown(self, ids):
@@ -222,11 +222,7 @@ class ForeignTeacher:
     forbidden = ()
 
     def __init__(self, name, template, world):
-        transformers, folder, self.where = optional("transformers"), name, f"--teacher=hf:{name}"
-        transformers.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
-        if (name.count("/") > 1 or name[0] in "./~") and not os.path.isdir(name):
-            raise UserError(f"{self.where}: no such folder")
+        transformers, folder, self.where = library_for(name), name, f"--teacher=hf:{name}"
         with explained(self.where):
             if os.path.exists(os.path.join(name, "adapter_config.json")):
                 with open(os.path.join(name, "adapter_config.json"), encoding="utf-8") as f:
@@ -253,13 +249,12 @@ class ForeignTeacher:
         self.template = (template or ("chat" if self.text.chat_template else "{source}\n")).replace("\\n", "\n")
         if self.template == "chat" and not self.text.chat_template:
             raise UserError(f"{self.where} has no chat template: give its prompt with --template='...{{source}}...'")
-        files = sorted(path for place in {folder, name} for kind in ("*.safetensors", "*.bin") for path in glob.glob(os.path.join(place, kind)))
-        self.identity = [self.template, name if not files else "", *(f"{os.path.basename(path)}:{file_crc(path):08x}" for path in files)]
+        self.identity = [self.template, *identity_of(name, folder)]
 
     def shown(self, ids):
         return self.text.decode(ids)
 
-    def look(self, rows, pairs):
+    def sees(self, rows, pairs):
         return {}
 
     def prompts(self, texts, pairs):
@@ -307,11 +302,7 @@ class ForeignSeeingTeacher:
     write_rows, read_rows, step_rows = 1, 1, 1
 
     def __init__(self, name, template, world):
-        transformers, self.where = optional("transformers"), f"--teacher=hf:{name}"
-        transformers.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
-        if (name.count("/") > 1 or name[0] in "./~") and not os.path.isdir(name):
-            raise UserError(f"{self.where}: no such folder")
+        transformers, self.where = library_for(name), f"--teacher=hf:{name}"
         with explained(self.where):
             self.processor = transformers.AutoProcessor.from_pretrained(name)
             self.model = transformers.AutoModelForImageTextToText.from_pretrained(name, dtype=world.dtype).to(world.device)
@@ -325,14 +316,13 @@ class ForeignSeeingTeacher:
             raise UserError(f"{self.where}: its tokenizer has no end of sequence (eos_token), so that its answers would not end")
         self.forbidden = {id for id in [getattr(self.model.config, "image_token_id", None)] if id is not None}
         self.template = (template or ("chat" if getattr(self.processor, "chat_template", None) else "{source}\n")).replace("\\n", "\n")
-        files = sorted(glob.glob(os.path.join(name, "*.safetensors")))
-        self.identity = [self.template, name if not files else "", *(f"{os.path.basename(path)}:{file_crc(path):08x}" for path in files)]
+        self.identity = [self.template, *identity_of(name)]
 
     def shown(self, ids):
         return self.text.decode(ids)
 
     def prompts(self, texts, pairs):
-        """The ids of each row's prompt, for people and for the lengths; `look` makes what is read."""
+        """The ids of each row's prompt, for people and for the lengths; `sees` makes what is read."""
         return [np.array(self.text(text)["input_ids"], dtype=np.int64) for text in map(self.filled, texts)]
 
     def filled(self, text):
@@ -342,7 +332,7 @@ class ForeignSeeingTeacher:
         content = [part for k, words in enumerate(parts) for part in ([dict(type="image")] * (k > 0) + [dict(type="text", text=words)] * bool(words))]
         return self.processor.apply_chat_template([dict(role="user", content=content)], add_generation_prompt=True, tokenize=False)
 
-    def look(self, rows, pairs):
+    def sees(self, rows, pairs):
         [row] = rows
         images = [load_image(ref, f"picture {k + 1} of row {row + 1}") for k, ref in enumerate(pairs.rows[row]["images"])]
         inputs = self.processor(text=self.filled(pairs.rows[row]["source"]), images=images or None, return_tensors="pt").to(self.device)
@@ -408,6 +398,22 @@ def tokenizer_file(text):
         with contextlib.suppress(OSError):
             os.rename(new, folder)
     return folder
+
+
+def library_for(name):
+    """`transformers`, quiet; UserError if a teacher's folder is not there."""
+    transformers = optional("transformers")
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    if (name.count("/") > 1 or name[0] in "./~") and not os.path.isdir(name):
+        raise UserError(f"--teacher=hf:{name}: no such folder")
+    return transformers
+
+
+def identity_of(*folders):
+    """What tells the weights in these folders from others: their checksums, or the name of what lies on the Hub."""
+    files = sorted(path for place in set(folders) for kind in ("*.safetensors", "*.bin") for path in glob.glob(os.path.join(place, kind)))
+    return [folders[0] if not files else "", *(f"{os.path.basename(path)}:{file_crc(path):08x}" for path in files)]
 
 
 def file_crc(path):
@@ -572,12 +578,12 @@ class Distillation(Finetuning):
         for some in in_groups(rows, self.teacher.write_rows):
             if cfg.sequences == "teacher":
                 limits = [self.limit(row) for row in some]
-                drafts = self.teacher.write([self.prompts[row] for row in some], max(limits), cfg.temperature, seed=int(some[0]) * 1000, **self.teacher.look(some, pairs))
+                drafts = self.teacher.write([self.prompts[row] for row in some], max(limits), cfg.temperature, seed=int(some[0]) * 1000, **self.teacher.sees(some, pairs))
                 answers |= {row: answer[:limit] for row, answer, limit in zip(some, drafts, limits)}
             else:
                 answers |= {row: pairs.targets[row].tolist() for row in some}
         for some in in_groups(rows, self.teacher.read_rows):
-            read, parts = self.teacher.read([self.prompts[row] for row in some], [answers[row] for row in some], **self.teacher.look(some, pairs)), []
+            read, parts = self.teacher.read([self.prompts[row] for row in some], [answers[row] for row in some], **self.teacher.sees(some, pairs)), []
             for piece in read.split(max(1, CHUNK // self.teacher.n_ids)):
                 logits = self.teacher.head(piece).float() / cfg.tau
                 ids = logits.topk(min(cfg.top, logits.size(1) - 1)).indices
@@ -647,7 +653,7 @@ class Distillation(Finetuning):
         """alpha tau^2 D + (1 - alpha) cross-entropy, summed, and the number of targets of the references; for the log, both by themselves."""
         cfg = self.cfg
         src, src_mask, tgt, mask = batch.references
-        images, _, extra = model.seen(batch.pictures) if batch.pictures else (None, [], 0.0)
+        images, _, extra = model.tokens_of(batch.pictures) if batch.pictures else (None, [], 0.0)
         encoded = model.encode(src, src_mask, images) if model.config.n_enc else None
         n = int(mask.sum())
 
@@ -691,7 +697,7 @@ class Distillation(Finetuning):
             read, size = [], self.teacher.step_rows or len(rows)
             for i in range(0, len(rows), size):
                 some = rows[i:i + size]
-                read.append(self.teacher.read([self.prompts[row] for row in some], answers[i:i + size], **self.teacher.look(some, pairs)))
+                read.append(self.teacher.read([self.prompts[row] for row in some], answers[i:i + size], **self.teacher.sees(some, pairs)))
             return [(self.divergence_from_read, [torch.cat(read)])], at_answers, m
 
     def sums(self, model, states, *terms):
@@ -734,6 +740,7 @@ class SeeingDistillation(Distillation):
         model = VisionLM.load(*((self.cfg.out, "model.safetensors") if self.cfg.init_from == "resume" else (self.cfg.init_from,)))
         for name, p in model.named_parameters():
             p.requires_grad_(not (name.startswith("tower") and self.vision.from_file))
+        model.tiles_a_row = float(np.mean(self.pairs["train"].tiles()))
         return model
 
     def pictures(self, rows):

@@ -28,7 +28,6 @@ from tqdm import tqdm
 from data.cli import UserError, parse, script, setting
 from data.corpus import prepare
 from data.exported import FILE, Exported, Static, is_export
-from data.images import read_vision
 from data.objectives import Objective, uniforms
 from data.pairs import Pairs
 from data.picture_tasks import PicturePairs, load_picture_task
@@ -36,6 +35,7 @@ from data.runs import newest_run, read_record, write_json
 from data.tasks import load_task
 from data.tokenizer import load_tokenizer
 from model import Transformer, shift_right
+from vision import load_model
 
 MS = "com.microsoft"
 
@@ -821,11 +821,8 @@ def main():
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     record, tokenizer = read_record(cfg.run)["settings"], load_tokenizer(cfg.run)
-    vision = read_vision(cfg.run)
-    if vision:
-        from vision import VisionLM
-    model = (VisionLM if vision else Transformer).load(cfg.run).float().eval()
-    if vision and (cfg.static or model.config.look != "none"):
+    model = load_model(cfg.run).float().eval()
+    if model.config.image_id >= 0 and (cfg.static or model.config.look != "none"):
         raise UserError("--static is for runs without pictures" if cfg.static else f"{cfg.run} has --look={model.config.look}, a cross-attention that exports do not have")
     check_static(cfg, model.config)
     batch, prompts, pictures = real_rows(cfg, record, model, tokenizer, "val", cfg.rows)

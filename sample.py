@@ -171,20 +171,20 @@ def draw_attention(weights, source, answer, tokenizer, path):
 
 
 def open_pictures(paths, text, vision, run):
-    """--image -> (Pictures, the prompt with as many IMAGE, the images themselves)."""
+    """--image -> (Pictures, how many tokens each is, the prompt with as many IMAGE)."""
     if vision is None:
         raise UserError(f"--image: {run} is a run without pictures; vision.py trains one with")
-    from data.images import open_image, prepare_image
+    from data.images import n_tokens, open_image, prepare_image
     paths = ([paths] if os.path.exists(paths) else paths.split(",")) if paths else []
     images = [open_image(path) for path in paths]
     text = text if IMAGE in text else IMAGE * len(images) + text
     if text.count(IMAGE) != len(images):
         raise UserError(f"--prompt has {text.count(IMAGE)} {IMAGE} and --image names {len(images)} pictures: they must be as many")
-    return [prepare_image(image, vision) for image in images], text, images
+    return [prepare_image(image, vision) for image in images], [n_tokens(*image.size, vision) for image in images], text
 
 
 def vision_of(run, exported):
-    """How the run sees pictures, None if it does not. Without pictures, Pillow is not needed."""
+    """How the run sees pictures, None if it does not. Without pictures, Pillow is not needed, so data.images is imported where there are some."""
     if exported:
         about = read_about(run).get("vision")
         if about is None:
@@ -220,8 +220,10 @@ def load_torch(cfg, run):
         raise UserError(f"--device={cfg.device} cannot be used here; use --device=cpu or auto") from None
     dtype = {"auto": torch.bfloat16 if has_bf16(torch.device(device)) else torch.float32}.get(cfg.dtype) or getattr(torch, cfg.dtype)
     if os.path.exists(os.path.join(run, "vision.json")):
-        from vision import VisionLM as Transformer
-    model = Transformer.load(run, device=device, dtype=dtype).eval()
+        from vision import load_model
+    else:
+        load_model = Transformer.load
+    model = load_model(run, device=device, dtype=dtype).eval()
     if cfg.show_attention and (not model.config.n_enc or not 0 <= (cfg.attention_layer or 0) < model.config.n_dec):
         raise UserError(f"--show_attention: {run} is decoder-only and has no source apart" if not model.config.n_enc else
                         f"--attention_layer={cfg.attention_layer}: {run} has the decoder layers 0 to {model.config.n_dec - 1}")
@@ -250,23 +252,21 @@ def main():
               ", end it with Ctrl-D", file=sys.stderr)
     text = sys.stdin.read() if cfg.prompt is None else cfg.prompt.replace("\\n", "\n")
     text = text.strip() if objective == "seq2seq" else text
-    vision, pictures, images = vision_of(run, exported), [], []
+    vision, pictures, counts = vision_of(run, exported), [], None
     if cfg.image or vision:
-        pictures, text, images = open_pictures(cfg.image, text, vision, run)
+        pictures, counts, text = open_pictures(cfg.image, text, vision, run)
     if cfg.show_tokens and not pictures:
         raise UserError("--show_tokens draws on a picture: give one with --image")
 
     model = load_exported(cfg, run) if exported else load_torch(cfg, run)
-    counts = None
-    if vision:
-        from data.images import n_tokens
-        counts = [n_tokens(*picture.size, vision) for picture in pictures]
     prompt = encode_prompt(text, tokenizer, objective, model.config.n_enc == 0, counts)
-    seen, orders = model.see(pictures) if pictures else (None, [])
+    sees = {}  # what the model is given beside the prompt
+    if pictures:
+        images, orders = model.see(pictures)
+        sees["images"] = images[[*range(len(images))] * cfg.num_samples]
     if cfg.show_tokens:
         from data.images import draw_tokens
-        draw_tokens(images[0], orders[0], pictures[0].at, vision, cfg.show_tokens)
-    sees = dict(images=seen) if pictures else {}
+        draw_tokens(pictures[0], orders[0], vision, cfg.show_tokens)
     if cfg.max_new_tokens is None:
         static = exported and model.about.get("static")
         room = static["tgt_len"] if static else model.config.tgt_len
@@ -276,8 +276,6 @@ def main():
     if cfg.beams > 1:
         answers = [beam_search(model, prompt, cfg.beams, cfg.max_new_tokens, **sees)]
     elif cfg.num_samples > 1:
-        if pictures:
-            sees = dict(images=model.see(pictures * cfg.num_samples)[0])  # of every row
         steps = list(model.generate([prompt] * cfg.num_samples, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, cfg.seed, **sees))
         answers = [[step[b] for step in steps if step[b] is not None] for b in range(cfg.num_samples)]
     else:

@@ -866,17 +866,26 @@ def make_model(cfg, tokenizer):
     if cfg.init_from == "resume":
         return Transformer.load(cfg.out, "model.safetensors")
     if cfg.init_from != "scratch":
-        model = Transformer.load(cfg.init_from)
-        if load_tokenizer(cfg.init_from).hash() != tokenizer.hash():
-            raise UserError(f"--tokenizer={cfg.tokenizer} is not the one that {cfg.init_from} was trained with: leave it out")
-        lengths = dict(src_len=cfg.src_len, tgt_len=cfg.tgt_len) if cfg.arch == "encdec" else dict(tgt_len=cfg.src_len + cfg.tgt_len)
-        model.config = replace(model.config, cross_rope=cfg.cross_rope, **lengths)
-        return model
+        return parent_model(cfg, tokenizer)
+    return Transformer(new_config(cfg, tokenizer))
+
+
+def parent_model(cfg, tokenizer, load=Transformer.load):
+    """The model of the run in --init_from, with the lengths of this one."""
+    model = load(cfg.init_from)
+    if load_tokenizer(cfg.init_from).hash() != tokenizer.hash():
+        raise UserError(f"--tokenizer={cfg.tokenizer} is not the one that {cfg.init_from} was trained with: leave it out")
+    lengths = dict(src_len=cfg.src_len, tgt_len=cfg.tgt_len) if cfg.arch == "encdec" else dict(tgt_len=cfg.src_len + cfg.tgt_len)
+    model.config = replace(model.config, cross_rope=cfg.cross_rope, **lengths)
+    return model
+
+
+def new_config(cfg, tokenizer):
+    """The Config of a new model, from the preset and the keys that change it."""
     chosen = {name: getattr(cfg, name) for name in ("n_embd", "n_head", "n_kv_head", "head_dim", "n_hidden", "cross_rope")}
     chosen = {name: value for name, value in chosen.items() if value is not None}
-    return Transformer(make_config(cfg.preset, cfg.arch, cfg.split, cfg.n_enc, cfg.n_dec, cfg.src_len, cfg.tgt_len,
-                                   vocab_size=tokenizer.vocab_size, pad_id=tokenizer.pad, bos_id=tokenizer.bos,
-                                   eos_id=tokenizer.eos, **chosen))
+    return make_config(cfg.preset, cfg.arch, cfg.split, cfg.n_enc, cfg.n_dec, cfg.src_len, cfg.tgt_len, vocab_size=tokenizer.vocab_size,
+                       pad_id=tokenizer.pad, bos_id=tokenizer.bos, eos_id=tokenizer.eos, **chosen)
 
 
 def launch(cfg, make_job, name):
@@ -920,13 +929,18 @@ def launch(cfg, make_job, name):
         dist.destroy_process_group()
 
 
-def main():
-    cfg = parse(Settings, __doc__)
+def read_settings(kind, about):
+    """The command line's settings, with what the run in --init_from or --out decides."""
+    cfg = parse(kind, about)
     if cfg.init_from == "resume":
-        cfg = load_run(cfg)
-    elif cfg.init_from != "scratch":
+        return load_run(cfg)
+    if cfg.init_from != "scratch":
         adopt(cfg)
-    cfg = resolve(cfg)
+    return cfg
+
+
+def main():
+    cfg = resolve(read_settings(Settings, __doc__))
     if cfg.tokenizer not in ("bpe", "gpt2"):
         load_tokenizer(cfg.tokenizer)
     data = os.path.splitext(os.path.basename(cfg.data.rstrip("/")))[0]

@@ -19,6 +19,7 @@ Stages: `align` trains the projector alone (and what else is new between picture
 file (--vision=hf:) stays as it is unless --train_tower; one that begins from nothing is trained in every stage. The paper's data: align LLaVA-Pretrain; ocr UReader,
 SynthDoG; instruct LLaVA-Instruct; task VQAv2, TextVQA, ChartQA, DocVQA, AI2D, GQA, Visual Genome.
 """
+import functools
 import glob
 import json
 import os
@@ -33,15 +34,15 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 
 import train
-from data.cli import UserError, given, parse, script, setting
+from data.cli import UserError, given, script, setting
 from data.images import CLIP_MEAN, CLIP_STD, FILE, VisionConfig, in_table, layout, read_vision, token_orders
 from data.metrics import score
 from data.pairs import IMAGE, train_pair_tokenizer
 from data.picture_tasks import TASKS, PicturePairs, load_picture_task
 from data.runs import write_json
 from data.tokenizer import load_tokenizer
-from model import ModelError, Transformer, attend, make_config, read_config
-from train import Finetuning, adopt, answers, evenly, launch, load_run, resolve, to_device
+from model import ModelError, Transformer, attend, read_config
+from train import Finetuning, answers, evenly, launch, new_config, parent_model, read_settings, resolve, to_device
 
 # Towers. `n_layer` counts the layers that run: of CLIP all but the last.
 TOWERS = {
@@ -106,6 +107,12 @@ class Layer(nn.Module):
         return x + self.down(h * torch.sigmoid(1.702 * h) if self.act == "quick_gelu" else F.gelu(h, approximate="tanh"))
 
 
+@functools.lru_cache
+def on_device(values, device):
+    """A tensor of constants, copied to the device once."""
+    return torch.tensor(values, device=device)
+
+
 class Tower(nn.Module):
     """CLIP's vision transformer (Radford et al., 2021) up to the layer whose output LLaVA takes: patches, learned positions, a class token that is dropped at the
     end. SigLIP's is the same without class token and first norm."""
@@ -122,7 +129,7 @@ class Tower(nn.Module):
     def forward(self, tiles):
         """tiles (B, size, size, 3) of bytes -> features of the patches, row by row: (B, side * side, n_embd)."""
         cfg, like = self.cfg, self.patches.weight
-        mean, std = (torch.tensor(values, device=like.device) for values in (cfg.mean, cfg.std))
+        mean, std = (on_device(tuple(values), like.device) for values in (cfg.mean, cfg.std))
         x = ((tiles / 255 - mean) / std).to(like.dtype)
         x = x.unflatten(2, (cfg.side, cfg.patch)).unflatten(1, (cfg.side, cfg.patch))  # (B, side, patch, side, patch, 3)
         x = self.patches(x.permute(0, 1, 3, 5, 2, 4).flatten(3).flatten(1, 2))
@@ -186,11 +193,11 @@ class VisionLM(Transformer):
     def see(self, pictures):
         """Pictures -> tokens (N, C) of all of them in order, as many as data/images.py's n_tokens says; and each one's order (`token_order`)."""
         with torch.no_grad():
-            tokens, orders, _ = self.seen(pictures)
+            tokens, orders, _ = self.tokens_of(pictures)
         return tokens, orders
 
-    def seen(self, pictures):
-        """As `see`, and what `learned` adds to the mean loss."""
+    def tokens_of(self, pictures):
+        """`see` for training: with gradients, and a third value, what `learned` adds to the mean loss."""
         cfg, device = self.vision, self.embed.weight.device
         tiles = torch.from_numpy(np.concatenate([picture.tiles for picture in pictures])).to(device)
         size = len(tiles) if torch.is_grad_enabled() and any(p.requires_grad for p in self.tower.parameters()) else 16  # what is not kept is not needed at once
@@ -199,7 +206,7 @@ class VisionLM(Transformer):
         weights = torch.sigmoid(scores) if cfg.tokens == "learned" else None
         tokens = self.projector(features.unflatten(1, (-1, cfg.joined)).flatten(2))
         tokens = tokens if weights is None else tokens * 2 * weights[:, :, None].to(tokens.dtype)  # so that what chooses is trained; the projector's at the start
-        orders = self.orders(pictures, scores)
+        orders = token_orders(pictures, cfg, None if scores is None else scores.detach().cpu().numpy())
         table = torch.cat((tokens.flatten(0, 1), self.embed_marker[None].to(tokens.dtype)))
         return table[torch.from_numpy(in_table(orders, pictures, cfg)).to(device)], orders, extra
 
@@ -214,10 +221,6 @@ class VisionLM(Transformer):
         scores = self.weigh(features)[:, :, 0].float()
         real = np.concatenate([np.arange(len(picture.tiles)) > 0 for picture in pictures])
         return scores, (torch.sigmoid(scores[torch.from_numpy(real)]).mean() - cfg.keep) ** 2 if real.any() else 0.0
-
-    def orders(self, pictures, scores):
-        scores = None if scores is None else scores.detach().float().cpu().numpy()
-        return token_orders(pictures, self.vision, scores)
 
     def flops(self, src_len, tgt_len):
         projector = 2 * self.vision.side ** 2 // self.vision.joined * sum(p.numel() for p in self.projector.parameters() if p.ndim == 2)
@@ -237,6 +240,11 @@ class VisionLM(Transformer):
         if vision is None:
             raise ModelError(f"{folder} is a run without pictures ({FILE} is missing)")
         return cls(read_config(folder), vision)
+
+
+def load_model(folder, weights=None, **where):
+    """The model of a run folder, with eyes where it has some."""
+    return (VisionLM if read_vision(folder) else Transformer).load(folder, weights, **where)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -321,7 +329,6 @@ def renamed(tensors, config, where):
 
 class Seeing(Finetuning):
     """The rows of a task with pictures."""
-    what = "the data"
 
     def load_task(self, say):
         return load_picture_task(self.cfg.data, self.cfg.skip_bad, say)
@@ -335,9 +342,7 @@ class Seeing(Finetuning):
             at = layout(*size, self.vision)
             say(f"a picture of {size[0]} x {size[1]}: {at.grid[0]} x {at.grid[1]} tiles beside the thumbnail, {self.pairs['val'].n_tokens[0][0]} tokens" if at.rows else
                 f"a picture of {size[0]} x {size[1]}: the thumbnail alone, {self.pairs['val'].n_tokens[0][0]} tokens")
-        tiles = [self.pairs["train"].tiles(row) for row in evenly(len(self.pairs["train"]), 500)]
-        self.tiles_a_row = float(np.mean(tiles))
-        if max(tiles) < 2 and self.vision.tokens in ("variance", "learned"):
+        if max(self.pairs["train"].tiles()) < 2 and self.vision.tokens in ("variance", "learned"):
             say(f"no picture is cut into tiles, so --tokens={self.vision.tokens} leaves nothing out: the thumbnail is always kept")
 
     def make_tokenizer(self, rows):
@@ -350,7 +355,7 @@ class Seeing(Finetuning):
 
     def make_model(self):
         model = self.built()
-        model.tiles_a_row = self.tiles_a_row
+        model.tiles_a_row = float(np.mean(self.pairs["train"].tiles()))
         for name, p in model.named_parameters():
             p.requires_grad_(self.is_trained(name))
         return model
@@ -366,18 +371,10 @@ class Seeing(Finetuning):
         cfg = self.cfg
         if cfg.init_from == "resume":
             return VisionLM.load(cfg.out, "model.safetensors")
-        if cfg.init_from == "scratch":
-            chosen = {name: getattr(cfg, name) for name in ("n_embd", "n_head", "n_kv_head", "head_dim", "n_hidden", "cross_rope") if getattr(cfg, name) is not None}
-            t = self.tokenizer
-            config = make_config(cfg.preset, cfg.arch, cfg.split, cfg.n_enc, cfg.n_dec, cfg.src_len, cfg.tgt_len, vocab_size=t.vocab_size, pad_id=t.pad, bos_id=t.bos, eos_id=t.eos, **chosen)
-            weights = {}
-        else:
-            if load_tokenizer(cfg.init_from).hash() != self.tokenizer.hash():
-                raise UserError(f"--tokenizer={cfg.tokenizer} is not the one that {cfg.init_from} was trained with: leave it out")
-            parent = (VisionLM if read_vision(cfg.init_from) else Transformer).load(cfg.init_from)
+        config, weights = new_config(cfg, self.tokenizer), {}
+        if cfg.init_from != "scratch":
+            parent = parent_model(cfg, self.tokenizer, load_model)
             config, weights = parent.config, parent.state_dict()
-            lengths = dict(src_len=cfg.src_len, tgt_len=cfg.tgt_len) if config.n_enc else dict(tgt_len=cfg.src_len + cfg.tgt_len)
-            config = replace(config, cross_rope=cfg.cross_rope, **lengths)
         look = config.look if "look" not in given() and cfg.init_from != "scratch" else cfg.look
         model = VisionLM(replace(config, image_id=self.tokenizer.image, look=look), self.vision)
         own = model.state_dict()
@@ -400,22 +397,27 @@ class Seeing(Finetuning):
 
     def loss_of(self, model, batch):
         *tensors, pictures, _ = batch
-        images, _, extra = model.seen(pictures) if pictures else (None, [], 0.0)
+        images, _, extra = model.tokens_of(pictures) if pictures else (None, [], 0.0)
         n = int(tensors[-1].sum())
         extra = extra if pictures else 0 * model.embed_marker.sum()  # a batch of texts alone still has a gradient, where all else is frozen
         return model(*tensors, reduction="sum", images=images)[1] + n * extra, n
 
     def evaluate(self, model, step, say):
         metrics = super().evaluate(model, step, say)
-        if step:  # the same questions with a grey picture: what is known without looking
-            pairs, rows = self.pairs["val"], evenly(len(self.pairs["val"]), min(self.cfg.eval_rows or 256, 256))
+        if step:
+            rows = evenly(len(self.pairs["val"]), min(self.cfg.eval_rows or 256, 256))
             model.eval()
-            pairs.blank = True
-            texts = answers(model, pairs, rows, self.cfg.tgt_len, 128, self.world)
-            pairs.blank = False
+            metrics["blank"] = blind_score(model, self.task, self.pairs["val"], rows, self.cfg.tgt_len, 128, self.world)
             model.train()
-            metrics["blank"] = next(iter(score(self.task, texts, [pairs.rows[row] for row in rows]).values()))
         return metrics
+
+
+def blind_score(model, task, pairs, rows, max_new_tokens, batch_rows, world):
+    """The task's own metric on the same questions with a grey picture each: what is known without looking."""
+    pairs.blank = True
+    texts = answers(model, pairs, rows, max_new_tokens, batch_rows, world)
+    pairs.blank = False
+    return next(iter(score(task, texts, [pairs.rows[row] for row in rows]).values()))
 
 
 def vision_of(cfg):
@@ -446,7 +448,8 @@ def vision_of(cfg):
     return VisionConfig(**TOWERS[cfg.vision] | {name: value for name, value in chosen.items() if value is not None}, **how).check(), None
 
 
-DEFAULTS = dict(src_len=1024, tgt_len=64, batch_size=5, max_minutes=10, vocab_size=1024)  # of the small sizes, where train.py's are a text's
+DEFAULTS = dict(src_len=1024, tgt_len=64, batch_size=5, max_minutes=10, vocab_size=1024)  # where train.py's are a text's; of nano, mini and small
+LARGE = dict(src_len=8192, tgt_len=256, batch_size=4)  # ... and of the others: nine tiles of CLIP's are 5,832 tokens
 
 
 def check(cfg):
@@ -463,15 +466,9 @@ def check(cfg):
 
 
 def main():
-    cfg = parse(Settings, __doc__)
-    if cfg.init_from == "resume":
-        cfg = load_run(cfg)
-    elif cfg.init_from != "scratch":
-        adopt(cfg)
-    cfg.objective = "seq2seq"
+    cfg = read_settings(Settings, __doc__)
     cfg.cross_rope = False if cfg.cross_rope is None and cfg.init_from == "scratch" else cfg.cross_rope  # an answer does not follow the order of patches
-    small = train.DEFAULTS[cfg.preset]["src_len"] < DEFAULTS["src_len"]
-    for name, value in (DEFAULTS if small else dict(src_len=8192, tgt_len=256, batch_size=4)).items():
+    for name, value in (DEFAULTS if cfg.preset in ("nano", "mini", "small") else LARGE).items():
         if getattr(cfg, name) is None and not (name == "max_minutes" and cfg.max_iters):
             setattr(cfg, name, value)
     cfg = resolve(cfg)

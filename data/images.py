@@ -298,11 +298,13 @@ def pixel_variance(canvas, patch):
     return patches.var(axis=(1, 3))
 
 
-def draw_tokens(image, order, at, cfg, path):
-    """A picture of which patches of the tiles are read: the others are whitened out."""
-    read = np.isin(token_places(at, cfg), order) if at.rows else np.ones((1, 1), dtype=bool)
-    drawn = np.asarray(resized(image, at.drawn) if at.rows else image).copy()
+def draw_tokens(picture, order, cfg, path):
+    """A picture of which patches of the tiles are read: the others are whitened out. Of one without tiles, the thumbnail."""
+    at, drawn = picture.at, picture.tiles[0].copy()
     if at.rows:
+        read = np.isin(token_places(at, cfg), order)
+        rows = [np.concatenate(line, axis=1) for line in np.split(picture.tiles[1:], at.grid[0])]
+        drawn = np.concatenate(rows)[:at.drawn[1], :at.drawn[0]]
         dim = ~np.repeat(np.repeat(read, cfg.patch, 0), cfg.patch * cfg.joined, 1)[:drawn.shape[0], :drawn.shape[1]]
         drawn[dim] = 200 + drawn[dim] // 5
     try:

@@ -21,7 +21,7 @@ from data.corpus import open_rows, split_files
 from data.images import layout, n_tokens, open_image, prepare_image, size_by_header
 from data.pairs import IMAGE, Pairs, encode_sources
 from data.pictures import Drawn, draw_charts_once, picture_rows
-from data.tasks import VAL_EVERY, Task, hold_out, json_lines, rows_of
+from data.tasks import Task, hold_out, json_lines, rows_of
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Records of a data set -> rows. The columns are those of the published data sets.
@@ -64,7 +64,7 @@ def of_vqa(record):
 
 def of_choices(record):
     """AI2D: the number of the right option."""
-    options = "".join(f"\n{letter}. {option}" for letter, option in zip("ABCDEFGH", record["options"], strict=False))
+    options = "".join(f"\n{letter}. {option}" for letter, option in zip("ABCDEFGH", record["options"]))
     return [dict(source=f"{IMAGE}{record['question']}{options}", target="ABCDEFGH"[int(record["answer"])], images=[record["image"]])]
 
 
@@ -88,26 +88,22 @@ class PictureTask(Task):
     join: tuple | None = None       # (configuration with the pictures, its key, our key): the Hub keeps them apart
 
 
-def of_hub(about, score, hub, read, **more):
-    return PictureTask(about, score, hub, read=read, **more)
-
-
 TASKS = {
     "shapes": PictureTask("shapes on a ground -> what is there", metrics.score_exact, drawn="shapes"),
     "docs": PictureTask("a line or two of text -> the text", metrics.score_reading, drawn="docs"),
     "charts": PictureTask("a bar chart and a question -> a value, a name, a colour", metrics.score_relaxed, drawn="charts"),
-    "llava-pretrain": of_hub("a picture -> its caption (stage align)", metrics.score_reading, "liuhaotian/LLaVA-Pretrain", of_conversation),
-    "llava-instruct": of_hub("a picture and a question -> an answer (stage instruct)", metrics.score_reading, "liuhaotian/LLaVA-Instruct-150K", of_conversation),
-    "ureader": of_hub("documents and questions (stage ocr)", metrics.score_anls, "Mizukiluke/ureader-instruction-1.0", of_conversation),
-    "synthdog": of_hub("a drawn document -> its text (stage ocr)", metrics.score_reading, "naver-clova-ix/synthdog-en", of_synthdog),
-    "chartqa": of_hub("a chart and a question -> an answer", metrics.score_relaxed, "HuggingFaceM4/ChartQA", of_chartqa),
-    "textvqa": of_hub("a photograph and a question on its text -> an answer", metrics.score_vqa, "lmms-lab/textvqa", of_vqa),
-    "vqav2": of_hub("a photograph and a question -> an answer", metrics.score_vqa, "HuggingFaceM4/VQAv2", of_vqa),
-    "docvqa": of_hub("a document and a question -> an answer", metrics.score_anls, "HuggingFaceM4/DocumentVQA", of_vqa),
-    "ai2d": of_hub("a diagram, a question and options -> the letter of one", metrics.score_exact, "lmms-lab/ai2d", of_choices),
-    "gqa": of_hub("a photograph and a question -> a word", metrics.score_exact, "lmms-lab/GQA", of_question, config="train_balanced_instructions",
+    "llava-pretrain": PictureTask("a picture -> its caption (stage align)", metrics.score_reading, "liuhaotian/LLaVA-Pretrain", read=of_conversation),
+    "llava-instruct": PictureTask("a picture and a question -> an answer (stage instruct)", metrics.score_reading, "liuhaotian/LLaVA-Instruct-150K", read=of_conversation),
+    "ureader": PictureTask("documents and questions (stage ocr)", metrics.score_anls, "Mizukiluke/ureader-instruction-1.0", read=of_conversation),
+    "synthdog": PictureTask("a drawn document -> its text (stage ocr)", metrics.score_reading, "naver-clova-ix/synthdog-en", read=of_synthdog),
+    "chartqa": PictureTask("a chart and a question -> an answer", metrics.score_relaxed, "HuggingFaceM4/ChartQA", read=of_chartqa),
+    "textvqa": PictureTask("a photograph and a question on its text -> an answer", metrics.score_vqa, "lmms-lab/textvqa", read=of_vqa),
+    "vqav2": PictureTask("a photograph and a question -> an answer", metrics.score_vqa, "HuggingFaceM4/VQAv2", read=of_vqa),
+    "docvqa": PictureTask("a document and a question -> an answer", metrics.score_anls, "HuggingFaceM4/DocumentVQA", read=of_vqa),
+    "ai2d": PictureTask("a diagram, a question and options -> the letter of one", metrics.score_exact, "lmms-lab/ai2d", read=of_choices),
+    "gqa": PictureTask("a photograph and a question -> a word", metrics.score_exact, "lmms-lab/GQA", read=of_question, config="train_balanced_instructions",
                   join=("train_balanced_images", "id", "imageId")),
-    "vg": of_hub("Visual Genome: a photograph and a question -> an answer", metrics.score_reading, "ranjaykrishna/visual_genome", of_regions, config="question_answers_v1.2.0"),
+    "vg": PictureTask("Visual Genome: a photograph and a question -> an answer", metrics.score_reading, "ranjaykrishna/visual_genome", read=of_regions, config="question_answers_v1.2.0"),
     "pictures": PictureTask("any data set with the columns image, source and target", metrics.score_reading, read=of_pair),
 }
 
@@ -277,16 +273,7 @@ def load_picture_task(name, skip_bad=False, log=print):
             if split != "test":
                 raise
             log(f"test is left out, as its answers may be hidden: {error}")
-    if not task.splits.get("val") and task.splits.get("train"):  # by pictures, not by questions about them
-        rows = {}
-        for row in task.splits["train"]:
-            rows.setdefault(repr(row["images"]), []).append(row)
-        groups = list(rows.values())
-        if len(groups) > 1:
-            every = min(VAL_EVERY, len(groups))
-            task.splits["val"] = [row for group in groups[every - 1::every] for row in group]
-            task.splits["train"] = [row for i, group in enumerate(groups) if i % every != every - 1 for row in group]
-    return hold_out(task, name)
+    return hold_out(task, name, lambda row: repr(row["images"]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -334,9 +321,10 @@ class PicturePairs(Pairs):
         pictures = f"; {len(counts):,} pictures of {np.mean(counts):.0f} tokens on average, at most {max(counts)}" if counts else "; no pictures"
         return super().describe() + pictures
 
-    def tiles(self, row):
-        """Inputs of the tower that a row has."""
-        return sum(1 + int(np.prod(layout(*size, self.vision).grid)) for size in self.sizes[row])
+    def tiles(self):
+        """How many inputs of the tower a row has, of at most 500 rows evenly spaced."""
+        some = self.sizes[::max(1, len(self) // 500)]
+        return [sum(1 + int(np.prod(layout(*size, self.vision).grid)) for size in sizes) for sizes in some]
 
     def pictures(self, rows):
         """The Pictures of these rows, in order."""

@@ -12,6 +12,7 @@ import hashlib
 import inspect
 import io
 import json
+import multiprocessing
 import os
 import random
 import sys
@@ -227,7 +228,7 @@ def picture_rows(kind, sizes=None):
 
 
 def rows_of_picture(kind, split, number):
-    rng, plan = drawn_from(kind, split, number, PLANS[kind])
+    _, plan = drawn_from(kind, split, number, PLANS[kind])
     images = [Drawn(kind, split, number)]
     if kind != "charts":
         return [dict(source="<image>" + {"shapes": "What is there?", "docs": "Read it."}[kind], target=plan[0], images=images)]
@@ -266,7 +267,6 @@ class Store:
         if len(jobs) == 1:
             draw_block(jobs[0])
             return
-        import multiprocessing
         with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
             for _ in tqdm(pool.map(draw_block, jobs), total=len(jobs), desc=f"drawing charts, {self.split}", unit=f" x {self.BLOCK}", file=sys.stderr):
                 pass

@@ -309,14 +309,18 @@ def load_task(name, source_col=None, target_col=None, skip_bad=False, log=print)
     return hold_out(task, name)
 
 
-def hold_out(task, name):
-    """Sees to it that a task has rows to train on, and some that are held out."""
+def hold_out(task, name, group=None):
+    """Sees to it that a task has rows to train on, and some that are held out. Rows of which group(row) is the same stay together."""
     if not task.splits.get("train"):
         raise UserError(f"--data={name}: there are no rows to train on")
     if not task.splits.get("val"):
-        rows = task.splits["train"]
-        task.splits["val"] = rows[VAL_EVERY - 1::VAL_EVERY] or rows[-1:]
-        task.splits["train"] = [row for i, row in enumerate(rows) if i % VAL_EVERY != VAL_EVERY - 1] if len(rows) >= VAL_EVERY else rows[:-1]
+        groups = {}
+        for number, row in enumerate(task.splits["train"]):
+            groups.setdefault(group(row) if group else number, []).append(row)
+        groups = list(groups.values()) if len(groups) > 1 else [[row] for row in task.splits["train"]]
+        every = min(VAL_EVERY, len(groups))
+        task.splits["val"] = [row for rows in groups[every - 1::every] for row in rows]
+        task.splits["train"] = [row for i, rows in enumerate(groups) if i % every != every - 1 for row in rows]
     if not task.splits["train"]:
         raise UserError(f"--data={name}: one row is too few, to train and to hold one out takes two")
     return task

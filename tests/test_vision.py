@@ -281,12 +281,12 @@ def test_pictures_matter_and_stand_where_their_placeholders_are():
 def test_what_the_learned_weights_cost_is_a_loss_that_keeps_their_mean_at_the_share():
     model = small_model(tokens="learned", keep=0.25)
     pictures = [prepare_image(noise(60, 60), model.vision)]
-    tokens, _, extra = model.seen(pictures)
+    tokens, _, extra = model.tokens_of(pictures)
     assert tokens.requires_grad and extra >= 0
     optimizer = torch.optim.Adam(model.weigh.parameters(), lr=0.3)
     for _ in range(60):
         optimizer.zero_grad()
-        extra = model.seen(pictures)[2]
+        extra = model.tokens_of(pictures)[2]
         extra.backward()
         optimizer.step()
     features = model.tower(torch.from_numpy(pictures[0].tiles))[1:]
@@ -618,7 +618,7 @@ def test_a_foreign_teacher_with_eyes(tmp_path, monkeypatch, capsys):
     # What it reads at an answer is what the model itself says, given the same picture and text.
     row = rows_of_picture("shapes", "train", 3)[0]
     pairs = picture_tasks.PicturePairs([row], teacher.tokenizer, 160, 64, False, VisionConfig(**SMALL))
-    look = teacher.look([0], pairs)
+    look = teacher.sees([0], pairs)
     answer = teacher.tokenizer.encode(row["target"])
     found = teacher.head(teacher.read(teacher.prompts([row["source"]], pairs), [answer], **look))
     ids = torch.cat((look["inputs"]["input_ids"], torch.tensor([answer])), 1)
