@@ -32,6 +32,7 @@ race() { [ -e out/race-$1/loss.png ] || $python distill.py --teacher=out/teacher
     --eval_rows=128 --seed=1 --out=out/race-$1 "${@:2}"; }
 race none --alpha=0 "$@"
 race data --alpha=0.5 --kl=forward --sequences=data "$@"
+race teacher --alpha=0.5 --kl=forward --sequences=teacher "$@"
 race student --alpha=0.5 --kl=forward --sequences=student "$@"
 race reverse --alpha=0.5 --kl=reverse --sequences=student "$@"
 
