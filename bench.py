@@ -6,6 +6,7 @@
     python bench.py flops                     of a forward pass, counted
     python bench.py memory                    of weights and caches while generating
     python bench.py vision                    a picture: seconds in the tower, tokens before and after selection, first token on each; --step: a training step
+    python bench.py load                      weights of others: seconds and memory of loading them, beside a plain read of the files
     python bench.py quality --run=RUN         scores a run on held-out rows of its task; --data=TASK: on another, or on
                                               multiple choice (mmlu, arc_easy, arc_challenge), or on text (perplexity)
     python bench.py compare --data=TASK       trains and scores decoder-only and the three splits, seed by seed; --teacher=RUN: distilled, too
@@ -47,6 +48,7 @@ from data.choices import is_choice, load_choices
 from data.cli import UserError, parse, script, setting
 from data.corpus import prepare
 from data.exported import Exported
+from data.families import weight_files
 from data.images import VisionConfig, n_tokens, open_image, pixel_variance, prepare_image, read_vision, token_orders
 from data.metrics import score
 from data.objectives import Objective, pad_rows
@@ -55,7 +57,7 @@ from data.picture_tasks import PicturePairs, is_picture_task, load_picture_task
 from data.picture_tasks import load as load_image
 from data.runs import ROOT, newest_run, read_record
 from data.tasks import is_task, load_task
-from data.tokenizer import load_tokenizer
+from data.tokenizer import Tokenizer, load_tokenizer
 from model import PRESETS, Config, Transformer, count_params, make_config
 from train import Settings as TrainSettings
 from train import Finetuning, World, answers, eval_starts, evenly, held_out, keep_memory, loss_of, make_optimizers, pair_losses, resolve
@@ -111,6 +113,15 @@ class Cost:
     batch: int = setting(32, "memory: rows at once")
     dtype: str = setting("float32", "memory: of weights and caches", ("float32", "bfloat16"))
     device: str = setting("auto", "memory: auto, cpu, cuda, cuda:N or mps")
+    threads: int = setting(0, "CPU threads; 0 is torch's own choice")
+    json: str = setting(None, "write the rows to this file")
+
+
+@dataclass
+class Load:
+    run: str = setting(None, "hf:FOLDER; default: random weights in bfloat16 of --preset, decoder-only, written for the purpose")
+    preset: str = setting("1b", "size of the random weights", tuple(PRESETS))
+    repeats: int = setting(5, "measurements behind each median")
     threads: int = setting(0, "CPU threads; 0 is torch's own choice")
     json: str = setting(None, "write the rows to this file")
 
@@ -629,6 +640,50 @@ def measure_memory(cfg, arch):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Loading
+
+def bench_load(cfg):
+    """Every file has been read before: seconds are those of a memory that holds them, and reading and loading take turns."""
+    from export import write_hf
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        name = cfg.run
+        if name is None:
+            tokenizer = Tokenizer("bytes")
+            with torch.device("meta"):
+                model = Transformer(make_config(cfg.preset, "dec", embed_scale=1.0))
+            model = model.to(torch.bfloat16).to_empty(device="cpu")
+            for p in model.parameters():
+                torch.nn.init.normal_(p, std=0.02)
+            write_hf(model, tokenizer, os.path.join(folder, "x"), cfg.preset, dict(settings=dict(data="nothing", objective="causal")), torch.bfloat16)
+            name, model = f"hf:{folder}/x", None
+        row = apart(load_of, name, cfg.repeats, cfg.threads)
+    table([row], list(row))
+    return [row]
+
+
+def load_of(name, repeats, threads):
+    """In a process of its own: seconds of a plain read and of loading, MB that loading adds."""
+    from export import load_foreign
+    if threads:
+        torch.set_num_threads(threads)
+    files, reading, loading = weight_files(name[3:], name), [], []
+    size, room = sum(map(os.path.getsize, files)), bytearray(1 << 24)
+    before = peak_memory(torch.device("cpu"))
+    for _ in range(repeats + 1):  # the first one warms up
+        start = time.perf_counter()
+        for file in files:
+            with open(file, "rb", buffering=0) as f:
+                while f.readinto(room):
+                    pass
+        middle = time.perf_counter()
+        model = load_foreign(name)
+        reading, loading = [*reading, middle - start], [*loading, time.perf_counter() - middle]
+        params, model = model.num_params(), None
+    read, load, peak = statistics.median(reading[1:]), statistics.median(loading[1:]), peak_memory(torch.device("cpu")) - before
+    return dict(params_m=round(params / 1e6, 1), mb=round(size / 1e6), read_s=round(read, 2), load_s=round(load, 2), of_read=round(load / read, 2), peak_mb=peak, of_bytes=round(peak / (size / 1e6), 2))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Pictures
 
 def bench_vision(cfg):
@@ -766,7 +821,7 @@ def bench_quality(cfg):
 
 
 def score_task(model, tokenizer, task, settings, cfg, world, vision=None):
-    """Metrics, loss and loss with shuffled sources on held-out rows; writes the answers. With pictures, `blank` is the first metric where each is grey."""
+    """Metrics, loss and loss with shuffled sources on held-out rows; writes the answers. With pictures, `blank` is the first metric where each is an empty ground."""
     rows = task.splits.get(cfg.eval_split)
     if not rows:
         raise UserError(f"--eval_split={cfg.eval_split}: {task.name} has no such rows; it has {', '.join(task.splits)}")
@@ -1085,6 +1140,13 @@ def check_speed(cfg):
     check_plot(cfg)
 
 
+def check_load(cfg):
+    if cfg.run and not cfg.run.startswith("hf:"):
+        raise UserError(f"--run={cfg.run} should be hf:FOLDER")
+    if cfg.repeats < 1:
+        raise UserError(f"--repeats={cfg.repeats} must be at least 1")
+
+
 def check_cost(cfg):
     check_list(cfg, "archs", ARCHS)
     config_of(cfg, cfg.archs.split(",")[0])
@@ -1155,7 +1217,7 @@ def check_distill(cfg):
 
 
 COMMANDS = {"train": (Train, check_train, bench_train), "speed": (Speed, check_speed, bench_speed), "flops": (Cost, check_cost, bench_flops),
-            "memory": (Cost, check_cost, bench_memory), "vision": (Vision, check_vision, bench_vision), "quality": (Quality, check_quality, bench_quality), "compare": (Compare, check_compare, bench_compare),
+            "memory": (Cost, check_cost, bench_memory), "load": (Load, check_load, bench_load), "vision": (Vision, check_vision, bench_vision), "quality": (Quality, check_quality, bench_quality), "compare": (Compare, check_compare, bench_compare),
             "distill": (Distill, check_distill, bench_distill)}
 
 

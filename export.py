@@ -1,9 +1,12 @@
-"""Turns a run into a folder that needs no torch: ONNX graphs for ONNX Runtime.
+"""Turns a run into a folder that needs no torch, ONNX graphs for ONNX Runtime; and weights of others into runs, and back.
 
     python export.py --run=out/encdec-nano-pycode                     to out/encdec-nano-pycode-fp32
     python export.py --run=RUN --precision=int8 --out=FOLDER          int8: a quarter of the size
     python export.py --run=RUN --static --precision=16x8 --src_len=512 --tgt_len=128      fixed shapes, for NPUs
     python sample.py --run=FOLDER --prompt="..."                      talks to it, without torch
+    python export.py --run=hf:FOLDER_OR_ID --format=run --out=RUN     a Llama-family model becomes a decoder-only run
+    python export.py --run=mu:FILE --format=run --out=RUN --tokenizer=FILE               the paper's released checkpoint becomes a run
+    python export.py --run=RUN --format=hf                            a decoder-only run becomes a folder for `transformers`
 
 Two graphs share one file of weights. The encoder's reads a source and gives every decoder layer's cross-attention keys and
 values. The decoder's reads any number of tokens behind what its caches hold, writes their keys and values into the caches in
@@ -14,8 +17,12 @@ The graphs are written here node by node rather than traced by torch.onnx: the r
 operators (GroupQueryAttention, MultiHeadAttention, RotaryEmbedding, SkipSimplifiedLayerNormalization, MatMulNBits) stand in them
 from the start instead of having to be found again in a trace.
 """
+import contextlib
 import copy
+import json
+import math
 import os
+import pickle
 import shutil
 from dataclasses import asdict, dataclass, replace
 
@@ -23,19 +30,25 @@ import numpy as np
 import onnx
 import torch
 from onnx import TensorProto, helper
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 from data.cli import UserError, parse, script, setting
 from data.corpus import prepare
+from data.families import PREFIXES, about_of, config_of, llama_names, local_folder, mu_names, read_about, weight_files
 from data.exported import FILE, Exported, Static, is_export
+from data.images import VisionConfig
 from data.objectives import Objective, uniforms
 from data.pairs import Pairs
 from data.picture_tasks import PicturePairs, load_picture_task
 from data.runs import newest_run, read_record, write_json
+from data.runs import record as write_record
 from data.tasks import load_task
-from data.tokenizer import load_tokenizer
-from model import Transformer, shift_right
-from vision import load_model
+from data.tokenizer import load_tokenizer, to_foreign
+from model import PRESETS, Config, Transformer, shift_right
+from train import Settings as TrainSettings
+from vision import VisionLM, load_model, renamed
 
 MS = "com.microsoft"
 
@@ -307,13 +320,15 @@ def output_layer(g, model, h):
     """Logits. Tied, the weights are those that `embedding` reads."""
     cfg = model.config
     weight = array(model.embed.weight if model.head is None else model.head.weight)
-    name = "embed" if model.head is None else "head"
+    name, to = "embed" if model.head is None else "head", ["logits" if model.head_bias is None else "unbiased"]
     if precision_bits(g):
         bits, block = precision_bits(g), block_of(cfg.n_embd)
         packed, scales = quantize_blocks(weight, bits, block)
-        g.op("MatMulNBits", h, g.weight(f"{name}.int{bits}", packed), g.weight(f"{name}.scales{bits} as list", scales.reshape(-1)), domain=MS, outputs=["logits"], N=cfg.vocab_size, K=cfg.n_embd, bits=bits, block_size=block, accuracy_level=4)
+        g.op("MatMulNBits", h, g.weight(f"{name}.int{bits}", packed), g.weight(f"{name}.scales{bits} as list", scales.reshape(-1)), domain=MS, outputs=to, N=cfg.vocab_size, K=cfg.n_embd, bits=bits, block_size=block, accuracy_level=4)
     else:
-        g.op("FusedMatMul", h, g.weight(name, weight), domain=MS, outputs=["logits"], transB=1)
+        g.op("FusedMatMul", h, g.weight(name, weight), domain=MS, outputs=to, transB=1)
+    if model.head_bias is not None:
+        g.op("Add", *to, g.weight("head_bias", array(model.head_bias)), outputs=["logits"])
 
 
 def layer_norm(g, x, layer, name):
@@ -494,7 +509,7 @@ def plain_decoder(model, weights, precision, T, slots, S):
     else:
         codes, scales = quantize_rows(array(weight))
         weight = g.op("DequantizeLinear", g.weight(f"{name}.int8", codes), g.vector(f"{name}.scales", scales), axis=0)
-    g.op("Gemm", h, weight, transB=1, outputs=["logits"])
+    g.op("Gemm", h, weight, *([g.weight("head_bias", array(model.head_bias))] if model.head_bias is not None else []), transB=1, outputs=["logits"])
     return g
 
 
@@ -701,6 +716,177 @@ def calibrate(folder, names, batch):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Weights of others -> a Transformer. data/families.py knows their names.
+
+def load_foreign(name):
+    """"hf:FOLDER_OR_ID" (Llama family, safetensors) or "mu:FILE" (the paper's released checkpoint; a folder: its model with pictures) -> the model, with its own vocabulary and
+    in its own dtype. Nothing is copied that need not be: the weights stay mapped from their file."""
+    return (load_llama if name.startswith("hf:") else load_mu)(name[3:], name)
+
+
+def foreign_config(name):
+    """(Config, folder) of what `load_foreign` would load."""
+    if name.startswith("hf:"):
+        folder = local_folder(name[3:], name)
+        return llama_config(read_about(folder, name), name), folder
+    model = load_mu(name[3:], name)
+    return model.config, name[3:] if os.path.isdir(name[3:]) else os.path.dirname(name[3:]) or "."
+
+
+def llama_config(about, where):
+    ids = {f"{part}_id": about.get(f"{part}_token_id") for part in ("bos", "eos", "pad")}
+    ids = {key: id[0] if isinstance(id, list) and id else id for key, id in ids.items()}  # Llama 3 has several ends
+    return Config(**config_of(about, where) | dict(tied=True) | {key: id if isinstance(id, int) and id >= 0 else 0 for key, id in ids.items()}).check()
+
+
+def load_llama(name, where):
+    folder = local_folder(name, where)
+    about = read_about(folder, where)
+    config, tensors = llama_config(about, where), {}
+    for file in weight_files(folder, where):
+        try:
+            with safe_open(file, framework="pt") as f:
+                tensors |= {key: f.get_tensor(key) for key in f.keys()}
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file} cannot be read, it is truncated or no safetensors file ({error})") from None
+    config.tied = bool(about.get("tie_word_embeddings", "lm_head.weight" not in tensors))
+    if config.tied:
+        tensors.pop("lm_head.weight", None)  # some files have it all the same
+    for key in [key for key in tensors if key.endswith("rotary_emb.inv_freq") or key.endswith("o_proj.bias") and not tensors[key].any()]:
+        del tensors[key]  # follows from the config; and as good as none
+    names = llama_names(config, about["model_type"] == "phi3")
+    return assembled(config, tensors, {ours: (theirs, lambda t, rows=rows: t if rows is None else t[slice(*rows)]) for ours, (theirs, rows) in names.items()}, where)
+
+
+def assembled(config, tensors, names, where, model=None):
+    """A Transformer of `config` (or `model`, made on the meta device) from foreign `tensors`; names: ours -> (theirs, what to do with theirs). Raises UserError for one
+    that is missing, left over, of another shape, or has values that are no numbers."""
+    if model is None:
+        with torch.device("meta"):
+            model = Transformer(config)
+    found, dtype = {}, tensors.get(names["embed.weight"][0], torch.empty(0)).dtype
+    wanted = model.state_dict()
+    for ours, p in wanted.items():
+        theirs, change = names[ours]
+        if theirs not in tensors:
+            raise UserError(f"{where} lacks the weights {theirs}")
+        found[ours] = change(tensors[theirs])
+        if found[ours].shape != p.shape:
+            raise UserError(f"{where}: {theirs} gives {tuple(found[ours].shape)} for {ours}, which is {tuple(p.shape)} by its configuration")
+    if left := sorted(tensors.keys() - {names[ours][0] for ours in wanted}):
+        raise UserError(f"{where} has {len(left)} weights that its configuration has no place for, the first is {left[0]}")
+    for key, tensor in tensors.items():
+        if tensor.numel() and not all(map(torch.isfinite, torch.aminmax(tensor))):  # one pass, no copy, forty times as fast as isfinite of all
+            raise UserError(f"{where}: {key} holds infinities or numbers that are none" + (", as weights do that were too large for float16" if tensor.dtype == torch.float16 else ""))
+    model.load_state_dict({ours: tensor.to(dtype) for ours, tensor in found.items()}, assign=True)
+    return model
+
+
+def load_mu(path, where):
+    """The released checkpoint: {model_state_dict, and model_config in newer ones}. Of two query heads in a group the second does not follow the first but stands behind all groups,
+    so that the heads are put into our order."""
+    folder = path if os.path.isdir(path) else None
+    about = read_about(folder, where) if folder else {}
+    state = unpickled(os.path.join(folder, "pytorch_model.bin") if folder else path, where)
+    if folder is None:
+        if not isinstance(state, dict) or not isinstance(state.get("model_state_dict"), dict):
+            raise UserError(f"{where} has no model_state_dict: it is no checkpoint of the paper's code")
+        about, state = dict(n_head=6, n_kv_head=3) | dict(state.get("model_config") or {}), state["model_state_dict"]
+    tensors = {key.removeprefix("_orig_mod.").removeprefix("module."): tensor for key, tensor in state.items()}
+    try:
+        n_enc, n_dec = (1 + max(int(key.split(".")[2]) for key in tensors if key.startswith(f"transformer.{stack}.")) for stack in ("e", "h"))
+        (vocab_size, n_embd), n_hidden = tensors["transformer.wte.weight"].shape, len(tensors["transformer.e.0.mlp.fc1.bias"])
+        n_head, n_kv_head, length = about["n_head"], about["n_kv_head"], about.get("block_size", 1024)
+        config = Config(vocab_size=vocab_size, n_enc=n_enc, n_dec=n_dec, n_embd=n_embd, n_head=n_head, n_kv_head=n_kv_head, n_hidden=n_hidden, src_len=length, tgt_len=length,
+                        head_dim=len(tensors["transformer.e.0.attn.q_linear.bias"]) // n_head, rope_theta=float(about.get("rope_theta", 10000)), mlp="gelu", qk_norm=False, qkv_bias=True,
+                        bias=True, head_bias="lm_head.bias" in tensors, pad_id=0, bos_id=1, eos_id=min(32000, vocab_size - 1)).check()
+    except (KeyError, ValueError, IndexError, TypeError, AttributeError) as error:
+        raise UserError(f"{where} has no model of the paper's code in it ({error})") from None
+    if "lm_head.weight" in tensors and not torch.equal(tensors.pop("lm_head.weight"), tensors["transformer.wte.weight"]):
+        raise UserError(f"{where}: its output layer is not its embedding, as the paper's is")
+    order = torch.arange(n_head) if folder or about.get("is_interleaved") else torch.arange(n_head).view(-1, n_kv_head).T.flatten()  # ours -> theirs
+    changes = {"wq.weight": lambda t: t.unflatten(0, (n_head, -1))[order].flatten(0, 1), "wq.bias": lambda t: t.unflatten(0, (n_head, -1))[order].flatten(),
+               "wo.weight": lambda t: t.unflatten(1, (n_head, -1))[:, order].flatten(1)}
+    names = {ours: (theirs, next((change for end, change in changes.items() if ours.endswith(end)), lambda t: t)) for ours, theirs in mu_names(n_enc, n_dec).items()}
+    names["head_bias"] = ("lm_head.bias", lambda t: t)
+    return assembled(config, tensors, names, where) if folder is None else with_eyes(config, tensors, names, about, where)
+
+
+def unpickled(path, where):
+    """What torch.save wrote, if it is nothing but tensors, numbers and texts."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise UserError(f"{where}: {path} is missing") from None
+    except pickle.UnpicklingError:
+        raise UserError(f"{where} asks for code to be run when it is read, and is refused") from None
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        raise UserError(f"{where} cannot be read, it is truncated or not written by torch.save ({str(error).splitlines()[0]})") from None
+
+
+def with_eyes(config, tensors, names, about, where):
+    """The model with pictures: a CLIP tower, a projector of two layers, the end of a row. Tiles are chosen by this project's rule; the paper's code has a list of four grids, and shrinks
+    what is more than three tiles."""
+    if about.get("mm_projector_type") != "mlp2x_gelu" or about.get("mm_vision_select_layer") != -2:
+        raise UserError(f"{where}: supported are mm_projector_type mlp2x_gelu and mm_vision_select_layer -2, not {about.get('mm_projector_type')} and {about.get('mm_vision_select_layer')}")
+    prefix = "vision_tower.vision_tower.vision_model."
+    seen = {key.removeprefix(prefix): tensors.pop(key) for key in [key for key in tensors if key.startswith(prefix)]}
+    try:
+        n_embd, patch = seen["embeddings.patch_embedding.weight"].shape[0], seen["embeddings.patch_embedding.weight"].shape[-1]
+        side, n_layer = math.isqrt(len(seen["embeddings.position_embedding.weight"]) - 1), max(int(key.split(".")[2]) for key in seen if key.startswith("encoder.layers."))
+        shape = dict(image_size=side * patch, patch=patch, n_layer=n_layer, n_embd=n_embd, n_head=n_embd // 64, n_hidden=len(seen["encoder.layers.0.mlp.fc1.bias"]))
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{where} has no CLIP tower in it ({error})") from None
+    vision = VisionConfig(**shape, from_file=True)
+    with torch.device("meta"):
+        model = VisionLM(config, vision)
+    tower = renamed(seen, asdict(vision), where)
+    names |= {f"tower.{key}": (f"tower.{key}", lambda t: t) for key in tower} | {"embed_marker": ("image_newline", lambda t: t)}
+    names |= {f"projector.{ours}.{part}": (f"mm_projector.{theirs}.{part}", lambda t: t) for ours, theirs in (("up", 0), ("down", 2)) for part in ("weight", "bias")}
+    return assembled(config, tensors | {f"tower.{key}": tensor for key, tensor in tower.items()}, names, where, model)
+
+
+@torch.no_grad()
+def fit_vocabulary(model, tokenizer, where):
+    """Gives a foreign model the ids of its tokenizer as it is here: special ones (sentinels, separator, padding) behind its own. Ids that it had no embedding for begin as the mean of
+    the others, whose logit is the mean of theirs and so never the largest."""
+    cfg = model.config
+    if tokenizer.n_text > cfg.vocab_size:
+        raise UserError(f"{where}: its tokenizer has {tokenizer.n_text:,} ids and its embedding {cfg.vocab_size:,} rows: they do not belong together")
+    size, new = max(cfg.vocab_size, tokenizer.vocab_size), max(0, tokenizer.vocab_size - cfg.vocab_size)
+    holders = [(model.embed, "weight"), (model.head, "weight"), (model, "head_bias")]
+    for holder, name in holders if new else []:
+        if holder is not None and (p := getattr(holder, name)) is not None:
+            setattr(holder, name, torch.nn.Parameter(torch.cat((p, p.float().mean(0, keepdim=True).to(p.dtype).expand(new, *p.shape[1:])))))
+    model.embed.num_embeddings = size
+    image = dict(image_id=tokenizer.image) if isinstance(model, VisionLM) else {}
+    model.config = replace(cfg, vocab_size=size, pad_id=tokenizer.pad, bos_id=tokenizer.bos, eos_id=tokenizer.eos, **image).check()
+    return model
+
+
+@torch.no_grad()
+def to_encdec(model, n_enc, n_dec):
+    """A decoder-only model -> an encoder-decoder that starts from it (T5Gemma: Zhang et al., 2025): evenly spaced layers in both stacks, and each cross-attention begins as the
+    self-attention of its layer."""
+    cfg = model.config
+    for name, n in (("n_enc", n_enc), ("n_dec", n_dec)):
+        if not 1 <= n <= cfg.n_dec:
+            raise UserError(f"--{name}={n}: the model to start from has {cfg.n_dec} layers")
+    new = Transformer(replace(cfg, n_enc=n_enc, n_dec=n_dec, src_len=cfg.tgt_len))
+    old, found = model.state_dict(), {}
+    for name in new.state_dict():
+        stack, *rest = name.split(".")
+        if stack in ("enc", "dec"):
+            n = n_enc if stack == "enc" else n_dec
+            layer = round(int(rest[0]) * (cfg.n_dec - 1) / max(1, n - 1))
+            found[name] = old[".".join(["dec", str(layer), *rest[1:]]).replace("cross", "attn")].clone()
+        else:
+            found[name] = old[name.replace("enc_norm", "dec_norm")]
+    new.load_state_dict(found)
+    return new
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Does the export say what the run says?
 
 def real_rows(cfg, record, model, tokenizer, split, n):
@@ -772,10 +958,80 @@ def parity(model, exported, batch, prompts, pictures, new):
                 loss_change=loss / torch_loss - 1)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# ... and out again
+
+def write_run(name, folder, tokenizer_file=None):
+    """Writes foreign weights as a run folder, which every script takes."""
+    model = load_foreign(name)
+    tokenizer = load_tokenizer(tokenizer_file or foreign_config(name)[1])
+    fit_vocabulary(model, tokenizer, name)
+    config = model.config
+    arch, objective, data = ("encdec", "seq2seq", "docstring") if config.n_enc else ("dec", "causal", "pycode")  # of which the parity report of an export reads its rows
+    seeing = dict(data="shapes") if isinstance(model, VisionLM) else {}
+    sizes = dict(preset=preset_of(config), n_enc=config.n_enc or None, n_dec=config.n_dec, n_embd=config.n_embd, n_head=config.n_head, n_kv_head=config.n_kv_head, head_dim=config.head_dim,
+                 n_hidden=config.n_hidden)
+    settings = asdict(TrainSettings()) | dict(arch=arch, objective=objective, data=data, tokenizer=name, init_from=name, src_len=config.src_len or config.tgt_len * 3 // 4,
+                                              tgt_len=config.tgt_len if config.n_enc else config.tgt_len // 4, cross_rope=False) | sizes | seeing
+    model.save(folder)
+    tokenizer.save(folder)
+    write_record(folder, settings, dict(torch=torch.__version__), weights_of=name)
+    return model
+
+
+def preset_of(config):
+    """The preset whose defaults of training suit a model of this width."""
+    return next((name for name in ("nano", "mini", "small") if config.n_embd <= 1.25 * PRESETS[name]["n_embd"]), "330m")
+
+
+@torch.no_grad()
+def write_hf(model, tokenizer, folder, run, record, dtype):
+    """Writes a decoder-only run as a folder of the Llama family: config.json, model.safetensors, tokenizer.json and a model card. Equal logits up to the trained length, past which
+    our RoPE stretches. The scale of our embeddings goes into the weights, which unties them from the output layer."""
+    config = model.config
+    about = about_of(config)
+    tied = config.tied and config.embed_scale == 1
+    about |= dict(tie_word_embeddings=tied, torch_dtype=str(dtype).removeprefix("torch."))
+    own = {key: p.detach().to(dtype) for key, p in model.state_dict().items()}
+    own["head.weight"] = own.get("head.weight", own["embed.weight"])
+    own["embed.weight"] = own["embed.weight"] * config.embed_scale
+    names = llama_names(config, fused=False)
+    tensors = {names[key][0]: p.contiguous() for key, p in own.items() if not (tied and key == "head.weight")}
+    if about.get("attention_bias") and about["model_type"] == "qwen3":
+        tensors |= {f"model.layers.{i}.self_attn.o_proj.bias": torch.zeros(config.n_embd, dtype=dtype) for i in range(config.n_dec)}
+    os.makedirs(folder)
+    save_file(tensors, os.path.join(folder, "model.safetensors"), metadata=dict(format="pt"))
+    source, tokenizer_config = to_foreign(tokenizer)
+    generation = dict(bos_token_id=config.bos_id, eos_token_id=config.eos_id, pad_token_id=config.pad_id)
+    texts = {"config.json": json.dumps(about, indent=1), "generation_config.json": json.dumps(generation, indent=1), "tokenizer.json": source, "tokenizer_config.json": tokenizer_config,
+             "README.md": card(model, run, record, about)}
+    for name, text in texts.items():
+        with open(os.path.join(folder, name), "w", encoding="utf-8") as f:
+            f.write(text)
+
+
+def card(model, run, record, about):
+    """The model card: what the run folder knows."""
+    settings, lines = record["settings"], []
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        with open(os.path.join(run, "log.jsonl"), encoding="utf-8") as f:
+            rows = [json.loads(line) for line in f]
+        last, best = rows[-1], min((row["val_loss"] for row in rows if "val_loss" in row), default=math.nan)
+        lines.append(f"- Trained for {last['step']:,} steps on {last['tokens']:,} tokens, {last['time_s'] / 60:.1f} minutes; lowest held-out loss {best:.3f} nats a token.")
+    between = ". A prompt is the source followed by `<sep>`; what comes then is the answer" if settings["objective"] == "seq2seq" else ""
+    return "\n".join(["---", "library_name: transformers", "pipeline_tag: text-generation", "---", f"# {os.path.basename(run)}", "",
+                      f"A decoder-only language model of {model.num_params():,} parameters, trained with nanoEncDec and written as `{about['architectures'][0]}`.", "",
+                      f"- Data: {settings['data']}; objective: {settings['objective']}{between}.",
+                      *lines, f"- Trained length: {model.config.tgt_len} tokens, prompt and answer together. Every text begins with its begin-of-sequence token.",
+                      f"- Command: `{' '.join(record.get('command', ['unknown']))}`", f"- Versions: {', '.join(f'{k} {v}' for k, v in record.get('versions', {}).items())}", ""])
+
+
 @dataclass
 class Settings:
-    run: str = setting(None, "run folder; default: the newest in out/")
-    out: str = setting(None, "folder to write; default: the run's name with the precision behind it, static- before that")
+    run: str = setting(None, "run folder; default: the newest in out/. With --format=run, weights of others: hf:FOLDER_OR_ID, mu:FILE or mu:FOLDER")
+    out: str = setting(None, "folder to write; default: the run's name with the precision behind it, static- before that; or with -hf")
+    format: str = setting("onnx", "onnx; hf: a folder that `transformers` loads (decoder-only runs; fp32 or fp16); run: weights of others as a run folder", ("onnx", "hf", "run"))
+    tokenizer: str = setting(None, "run: tokenizer.json, where none lies beside the weights (the released checkpoint has Phi-3.5's)")
     precision: str = setting("fp32", "of the weights; with int4 the encoder, which computes more than it reads, stays int8; 16x8 is of --static: activations of "
                              "16 bits, weights of 8 (int8 there: activations of 8 into matrix products)", ("fp32", "fp16", "int8", "int4", "16x8"))
     static: bool = setting(False, "fixed shapes and plain operators, activations rounded to calibrated ranges: what compilers for NPUs take; one prompt at a time")
@@ -809,17 +1065,50 @@ def check_static(cfg, config):
         setattr(cfg, name, value)
 
 
+def check_format(cfg):
+    """What of the command line goes with which format."""
+    foreign = cfg.run.startswith(PREFIXES)
+    if foreign != (cfg.format == "run"):
+        raise UserError(f"--run={cfg.run}: " + ("weights of others become a run first: --format=run --out=RUN" if foreign else "--format=run is for weights of others, hf:... or mu:..."))
+    if cfg.format == "run" and not cfg.out:
+        raise UserError("--format=run needs --out=FOLDER for the run")
+    if cfg.tokenizer and cfg.format != "run":
+        raise UserError("--tokenizer is for --format=run: a run has its own")
+    if cfg.format != "onnx" and (cfg.static or cfg.precision not in ("fp32", "fp16")):
+        raise UserError(f"--format={cfg.format} has no --static, and the precisions fp32 and fp16")
+
+
+def convert(cfg, out):
+    """--format=run and hf."""
+    new = out + ".new"  # what is half written is never at `out`
+    shutil.rmtree(new, ignore_errors=True)
+    if cfg.format == "run":
+        model = write_run(cfg.run, new, cfg.tokenizer)
+        then = f"python sample.py --run={out} talks to it; train.py --init_from={out} goes on from it"
+    else:
+        model, record = load_model(cfg.run), read_record(cfg.run)
+        write_hf(model, load_tokenizer(cfg.run), new, cfg.run, record, torch.float16 if cfg.precision == "fp16" else torch.float32)
+        then = f"transformers.AutoModelForCausalLM.from_pretrained({out!r}) loads it"
+    shutil.rmtree(out, ignore_errors=True)
+    os.replace(new, out)
+    print(f"{model.num_params():,} parameters in {out}; {then}")
+
+
 def main():
     cfg = parse(Settings, __doc__)
     for name in ("rows", "new", "calibrate"):
         if getattr(cfg, name) < 1:
             raise UserError(f"--{name}={getattr(cfg, name)} must be at least 1")
     cfg.run = (cfg.run or newest_run()).rstrip("/")
-    out = (cfg.out or f"{cfg.run}-{'static-' * cfg.static}{cfg.precision}").rstrip("/")
-    if os.path.exists(out) and not is_export(out) and (not os.path.isdir(out) or os.listdir(out)):
+    check_format(cfg)
+    out = (cfg.out or f"{cfg.run}-{'hf' if cfg.format == 'hf' else 'static-' * cfg.static + cfg.precision}").rstrip("/")
+    if os.path.exists(out) and not (cfg.format == "onnx" and is_export(out)) and (not os.path.isdir(out) or os.listdir(out)):
         raise UserError(f"--out={out} holds something else: choose another folder")
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
+    if cfg.format != "onnx":
+        convert(cfg, out)
+        return
     record, tokenizer = read_record(cfg.run)["settings"], load_tokenizer(cfg.run)
     model = load_model(cfg.run).float().eval()
     if model.config.image_id >= 0 and (cfg.static or model.config.look != "none"):

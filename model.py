@@ -14,7 +14,7 @@ Paper: "Return of the Encoder: Maximizing Parameter Efficiency for SLMs", sectio
 import json
 import os
 import zlib
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 
 import torch
 import torch.nn as nn
@@ -40,12 +40,16 @@ class Config:
     src_len: int = 1024        # trained length of the encoder (0 without one); RoPE is stretched past it
     tgt_len: int = 256         # trained length of the decoder; decoder-only: of prompt and answer together
     rope_theta: float = 10000.0
+    rope_factors: list = field(default_factory=list)  # what each of RoPE's frequencies is divided by (Llama 3, Phi-3); empty: 1
+    rope_long: list = field(default_factory=list)     # the same in a row past the trained length, in place of stretching (Phi-3's)
+    rope_scale: float = 1.0    # cos and sin times this (Phi-3's)
     mlp: str = "swiglu"        # or "gelu": the tanh approximation, one projection in
     cross_rope: bool = False   # RoPE in cross-attention, source and answer both counted from 0: for answers that follow their source
     qk_norm: bool = True       # RMSNorm on every query and key head
     qkv_bias: bool = False     # biases of the query, key and value projections
     bias: bool = False         # biases of all other linear layers
     tied: bool = True          # the output layer is the embedding
+    head_bias: bool = False    # a bias of the output layer
     embed_scale: float = 1.0   # embeddings enter the stacks times this
     norm_eps: float = 1e-6
     pad_id: int = 0
@@ -56,12 +60,12 @@ class Config:
 
     def check(self):
         """Raises ModelError naming the first field that cannot work."""
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type is float and type(value) is int:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.type is float and type(value) is int:
                 value = float(value)
-            if type(value) is not field.type:
-                raise ModelError(f"config: {field.name}={value!r} should be of type {field.type.__name__}")
+            if type(value) is not f.type:
+                raise ModelError(f"config: {f.name}={value!r} should be of type {f.type.__name__}")
         for name in ("vocab_size", "n_dec", "n_embd", "n_head", "n_kv_head", "head_dim", "n_hidden", "tgt_len"):
             if getattr(self, name) < 1:
                 raise ModelError(f"config: {name}={getattr(self, name)} must be at least 1")
@@ -71,6 +75,9 @@ class Config:
             raise ModelError(f"config: n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}")
         if self.head_dim % 2 or self.head_dim < 4:
             raise ModelError(f"config: head_dim={self.head_dim} must be even and at least 4 (RoPE rotates pairs)")
+        for name in ("rope_factors", "rope_long"):
+            if getattr(self, name) and (len(getattr(self, name)) != self.head_dim // 2 or not all(type(x) in (int, float) and x > 0 for x in getattr(self, name))):
+                raise ModelError(f"config: {name} should be {self.head_dim // 2} positive numbers, one for each of RoPE's frequencies")
         if self.mlp not in ("swiglu", "gelu"):
             raise ModelError(f"config: mlp={self.mlp!r} is neither swiglu nor gelu")
         if self.look not in ("none", "encoder", "decoder") or (self.look == "encoder" and not self.n_enc):
@@ -153,16 +160,21 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
-def rope_tables(positions, head_dim, theta, stretch=None):
+def rope_tables(positions, cfg, stretch=None):
     """cos and sin of RoPE's angles, (B or 1, 1, T, D/2), in float32. `positions` (B or 1, T). `stretch` (B,): each row's
     length over the trained length, at least 1; NTK-aware scaling multiplies the base by stretch^(D / (D-2)), so that the
-    slowest frequency is interpolated by `stretch` and the fastest is left alone."""
-    power = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim  # (D/2,)
-    base = torch.full((1, 1), theta, device=positions.device)
-    if stretch is not None:
-        base = theta * stretch[:, None].float() ** (head_dim / (head_dim - 2))  # (B, 1)
-    angle = positions[:, :, None].float() * (base ** -power)[:, None, :]  # (B, T, D/2)
-    return angle.cos()[:, None], angle.sin()[:, None]
+    slowest frequency is interpolated by `stretch` and the fastest is left alone; with config.rope_long, rows of more than 1 have that instead."""
+    like = dict(device=positions.device, dtype=torch.float32)
+    power = torch.arange(0, cfg.head_dim, 2, **like) / cfg.head_dim  # (D/2,)
+    base = torch.full((1, 1), cfg.rope_theta, device=positions.device)
+    if stretch is not None and not cfg.rope_long:
+        base = cfg.rope_theta * stretch[:, None].float() ** (cfg.head_dim / (cfg.head_dim - 2))  # (B, 1)
+    rate = base ** -power  # (B or 1, D/2)
+    if cfg.rope_factors:
+        factors = torch.tensor(cfg.rope_factors, **like)
+        rate = rate / (factors if stretch is None or not cfg.rope_long else torch.where(stretch[:, None] > 1, torch.tensor(cfg.rope_long, **like), factors))
+    angle = positions[:, :, None].float() * rate[:, None, :]  # (B, T, D/2)
+    return (angle.cos() * cfg.rope_scale)[:, None], (angle.sin() * cfg.rope_scale)[:, None]
 
 
 def rotate(x, rope):
@@ -414,6 +426,7 @@ class Transformer(nn.Module):
         self.dec = nn.ModuleList(Block(cfg, cfg.n_enc > 0, cfg.look == "decoder") for _ in range(cfg.n_dec))
         self.dec_norm = RMSNorm(cfg.n_embd, cfg.norm_eps)
         self.head = None if cfg.tied else nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
+        self.head_bias = nn.Parameter(torch.zeros(cfg.vocab_size)) if cfg.head_bias else None
         self.packed_head = None
         self.loss = SummedLoss()
         self.init_weights()
@@ -461,7 +474,7 @@ class Transformer(nn.Module):
         if lengths is None:
             lengths = torch.full((len(src),), src.size(1), device=src.device)
         positions = torch.arange(src.size(1), device=src.device)[None]
-        rope = rope_tables(positions, cfg.head_dim, cfg.rope_theta, stretch_of(lengths, src.size(1), cfg.src_len))
+        rope = rope_tables(positions, cfg, stretch_of(lengths, src.size(1), cfg.src_len))
         mask, x = source_mask(src_mask), self.embedded(src, images)
         seen, seen_mask = self.spread(images, src) if images is not None and cfg.look == "encoder" else (None, None)
         for block in self.enc:
@@ -472,7 +485,7 @@ class Transformer(nn.Module):
         """RoPE of cross-attention at these positions (B or 1, T); None without config.cross_rope. Never stretched: how far an
         answer strays from its place in the source does not grow with their lengths."""
         cfg = self.config
-        return rope_tables(positions, cfg.head_dim, cfg.rope_theta) if cfg.cross_rope and cfg.n_enc else None
+        return rope_tables(positions, cfg) if cfg.cross_rope and cfg.n_enc else None
 
     def decode(self, tokens, encoded=None, src_mask=None, cache=None, images=None, seen=None):
         """States (B, T, C) of the decoder after `tokens` (B, T), which are inputs, already shifted; `logits` reads them.
@@ -496,7 +509,7 @@ class Transformer(nn.Module):
                 positions = (positions - cache.pad[:, None]).clamp(min=0)
             causal = cache.length == 0 and cache.pad is None and T > 1
             stretch, mask, memory_mask = cache.stretch, None if causal else cache.mask(T), cache.memory_mask
-        rope, cross_rope = rope_tables(positions, cfg.head_dim, cfg.rope_theta, stretch), self.cross_rope(positions)
+        rope, cross_rope = rope_tables(positions, cfg, stretch), self.cross_rope(positions)
         x = self.embedded(tokens, images)
         for i, block in enumerate(self.dec):
             if cache is None:
@@ -511,8 +524,8 @@ class Transformer(nn.Module):
     def logits(self, states):
         """(..., C) -> (..., V)"""
         if self.packed_head is not None:
-            return packed_linear(states, self.packed_head)
-        return F.linear(states, self.embed.weight if self.head is None else self.head.weight)
+            return packed_linear(states, self.packed_head, self.head_bias)
+        return F.linear(states, self.embed.weight if self.head is None else self.head.weight, self.head_bias)
 
     def forward(self, src, src_mask, tgt, loss_mask, reduction="mean", images=None):
         """Logits (B, T, V) and the loss in nats over the targets where loss_mask (B, T) is True: their mean, or their

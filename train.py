@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 from data.cli import UserError, given, parse, script, setting
 from data.corpus import prepare
+from data.families import PREFIXES
 from data.metrics import score
 from data.objectives import Objective, fill_spans, uniforms
 from data.pairs import ByLength, Pairs, train_pair_tokenizer
@@ -74,7 +75,8 @@ class Settings:
     vocab_size: int = setting(None, "size of the trained vocabulary, special ids included; default: the preset's", type=int)
     src_len: int = setting(None, "source tokens a row; decoder-only rows hold src_len + tgt_len; default: the preset's", type=int)
     tgt_len: int = setting(None, "target tokens a row; default: the preset's", type=int)
-    init_from: str = setting("scratch", "scratch, resume (the run in --out), or a run folder to start from its weights")
+    init_from: str = setting("scratch", "scratch, resume (the run in --out), a run folder to start from its weights, or weights of others: "
+                             "hf:FOLDER_OR_ID (Llama family) or mu:FILE (the paper's). With --arch=encdec, a decoder-only model becomes an encoder-decoder")
     out: str = setting(None, "run folder; default: a new one in out/")
     max_iters: int = setting(None, "optimizer steps; default: as many as fit into --max_minutes", type=int)
     max_minutes: float = setting(None, "training time; the first steps are timed, then the number of steps is fixed. Compiling "
@@ -841,21 +843,35 @@ class Finetuning(Job):
                 f"{metrics['val_loss']:.3f}, with the sources shuffled among the rows {metrics['shuffled_loss']:.3f}")
 
 
+SIZES = ("n_enc", "n_dec", "n_embd", "n_head", "n_kv_head", "head_dim", "n_hidden")
+
+
 def adopt(cfg, key="init_from"):
-    """Takes over from the run in --init_from what its weights decide: sizes, vocabulary, and lengths for going on as before."""
-    parent, old = read_config(cfg.init_from), read_record(cfg.init_from)["settings"]
+    """Takes over from the run (or the weights of others) in --init_from what its weights decide: sizes, vocabulary, and lengths for going on as before."""
+    foreign = cfg.init_from.startswith(PREFIXES)
+    if foreign:
+        from export import foreign_config, preset_of  # which imports this file
+        parent, folder = foreign_config(cfg.init_from)
+        old = dict(preset=cfg.preset if "preset" in given() else preset_of(parent), split=cfg.split) | {name: getattr(parent, name) or None for name in SIZES}
+    else:
+        parent, folder, old = read_config(cfg.init_from), cfg.init_from, read_record(cfg.init_from)["settings"]
     if "arch" not in given():
         cfg.arch = "encdec" if parent.n_enc else "dec"
-    if (parent.n_enc > 0) != (cfg.arch == "encdec"):
-        raise UserError(f"--{key}={cfg.init_from} is a {'encdec' if parent.n_enc else 'dec'} run, not --arch={cfg.arch}")
-    for name in ("preset", "split", "n_enc", "n_dec", "n_embd", "n_head", "n_kv_head", "head_dim", "n_hidden"):
+    if parent.n_enc and cfg.arch == "dec":
+        raise UserError(f"--{key}={cfg.init_from} is an encoder-decoder, not --arch=dec")
+    adapts = cfg.arch == "encdec" and not parent.n_enc
+    if adapts:  # a decoder-only model becomes an encoder-decoder, of as many of its layers as one likes
+        old = old | dict(n_enc=cfg.n_enc or parent.n_dec, n_dec=cfg.n_dec or parent.n_dec, n_hidden=parent.n_hidden)
+    for name in ("preset", "split", *SIZES):
         if name in given() and getattr(cfg, name) != old.get(name):
             raise UserError(f"--{name}={getattr(cfg, name)} cannot be chosen with --{key}={cfg.init_from}, which has its sizes already")
         setattr(cfg, name, old.get(name))  # the preset has the defaults of training, too
-    if cfg.cross_rope is None:
+    if cfg.cross_rope is None and not adapts:
         cfg.cross_rope = parent.cross_rope
     if cfg.tokenizer in (None, "bpe"):
-        cfg.tokenizer = cfg.init_from
+        if not os.path.exists(os.path.join(folder, "tokenizer.json")):
+            raise UserError(f"--{key}={cfg.init_from} has no tokenizer.json beside it: name one with --tokenizer=FILE (the paper's released checkpoint has Phi-3.5's)")
+        cfg.tokenizer = folder
     if cfg.objective != "seq2seq" and not is_task(cfg.data):  # the lengths of a task's rows have nothing to do with the run's
         cfg.src_len = cfg.src_len or parent.src_len or parent.tgt_len * 4 // 5
         cfg.tgt_len = cfg.tgt_len or (parent.tgt_len if parent.n_enc else parent.tgt_len - cfg.src_len)
@@ -871,12 +887,22 @@ def make_model(cfg, tokenizer):
 
 
 def parent_model(cfg, tokenizer, load=Transformer.load):
-    """The model of the run in --init_from, with the lengths of this one."""
-    model = load(cfg.init_from)
-    if load_tokenizer(cfg.init_from).hash() != tokenizer.hash():
-        raise UserError(f"--tokenizer={cfg.tokenizer} is not the one that {cfg.init_from} was trained with: leave it out")
-    lengths = dict(src_len=cfg.src_len, tgt_len=cfg.tgt_len) if cfg.arch == "encdec" else dict(tgt_len=cfg.src_len + cfg.tgt_len)
-    model.config = replace(model.config, cross_rope=cfg.cross_rope, **lengths)
+    """The model that --init_from names, a run or weights of others, with the lengths of this run. A decoder-only one becomes an encoder-decoder for --arch=encdec."""
+    src_len, tgt_len = (cfg.src_len, cfg.tgt_len) if cfg.arch == "encdec" else (0, cfg.src_len + cfg.tgt_len)
+    if foreign := cfg.init_from.startswith(PREFIXES):
+        from export import fit_vocabulary, load_foreign
+        model = fit_vocabulary(load_foreign(cfg.init_from), tokenizer, cfg.init_from).float()
+    else:
+        model = load(cfg.init_from)
+        if load_tokenizer(cfg.init_from).hash() != tokenizer.hash():
+            raise UserError(f"--tokenizer={cfg.tokenizer} is not the one that {cfg.init_from} was trained with: leave it out")
+    if cfg.arch == "encdec" and not model.config.n_enc:
+        from export import to_encdec
+        model = to_encdec(model, cfg.n_enc, cfg.n_dec)
+    if foreign:  # what it was trained for stays: others paid for it
+        length = model.config.tgt_len
+        src_len, tgt_len = max(src_len, length) if model.config.n_enc else 0, max(tgt_len, length)
+    model.config = replace(model.config, src_len=src_len, tgt_len=tgt_len, cross_rope=cfg.cross_rope)
     return model
 
 

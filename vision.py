@@ -20,7 +20,6 @@ file (--vision=hf:) stays as it is unless --train_tower; one that begins from no
 SynthDoG; instruct LLaVA-Instruct; task VQAv2, TextVQA, ChartQA, DocVQA, AI2D, GQA, Visual Genome.
 """
 import functools
-import glob
 import json
 import os
 import sys
@@ -35,6 +34,7 @@ from safetensors import SafetensorError, safe_open
 
 import train
 from data.cli import UserError, given, script, setting
+from data.families import local_folder, read_about, weight_files
 from data.images import CLIP_MEAN, CLIP_STD, FILE, VisionConfig, in_table, layout, read_vision, token_orders
 from data.metrics import score
 from data.pairs import IMAGE, train_pair_tokenizer
@@ -252,18 +252,10 @@ def load_model(folder, weights=None, **where):
 
 def foreign_tower(name):
     """--vision=hf:NAME -> (VisionConfig fields, weights by this file's names). Reads CLIP's and SigLIP's config.json and safetensors, of the whole model or of its vision half."""
-    where, folder = f"--vision=hf:{name}", name
-    if not os.path.isdir(folder):
-        if name.count("/") != 1 or name[0] in "./~":
-            raise UserError(f"{where}: no such folder")
-        from huggingface_hub import snapshot_download
-        try:
-            folder = snapshot_download(name, allow_patterns=["*.json", "*.safetensors"])
-        except Exception as error:  # no network, no such model: the library and those below it raise their own kinds
-            raise UserError(f"{where} could not be reached ({type(error).__name__}); give a local folder with config.json and model.safetensors") from None
+    where = f"--vision=hf:{name}"
+    folder = local_folder(name, where)
+    about = read_about(folder, where)
     try:
-        with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
-            about = json.load(f)
         about = about.get("vision_config", about)
         clip = "siglip" not in about.get("model_type", "clip")
         known = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, image_size=224, patch_size=32 if clip else 16,
@@ -275,22 +267,16 @@ def foreign_tower(name):
                 read = json.load(f)
             mean, std = read.get("image_mean", mean), read.get("image_std", std)
         mean, std = list(map(float, mean)), list(map(float, std))
-    except FileNotFoundError:
-        raise UserError(f"{where} has no config.json") from None
     except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise UserError(f"{where}: its config.json cannot be read ({error})") from None
+        raise UserError(f"{where}: its configuration cannot be read ({error})") from None
     acts = {"quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh"}
     if known["hidden_act"] not in acts:
         raise UserError(f"{where} has the activation {known['hidden_act']}; towers here have quick_gelu or gelu_pytorch_tanh")
     config = dict(image_size=known["image_size"], patch=known["patch_size"], n_layer=known["num_hidden_layers"] - 1, n_embd=known["hidden_size"], n_head=known["num_attention_heads"],
                   n_hidden=known["intermediate_size"], act=acts[known["hidden_act"]], class_token=clip, pre_norm=clip, patch_bias=not clip, norm_eps=known["layer_norm_eps"],
                   mean=mean, std=std)
-    files = sorted(glob.glob(os.path.join(glob.escape(folder), "*.safetensors")))
-    if not files:
-        raise UserError(f"{where} has no .safetensors file" + ("; pytorch_model.bin can run code when it is read and is not taken: convert it" if glob.glob(os.path.join(
-            glob.escape(folder), "*.bin")) else ""))
     tensors = {}
-    for file in files:
+    for file in weight_files(folder, where):
         try:
             with safe_open(file, framework="pt") as f:
                 tensors |= {key.removeprefix("vision_model."): f.get_tensor(key) for key in f.keys() if key.startswith(("vision_model.", "embeddings.", "encoder.", "pre_layrnorm."))}
@@ -337,6 +323,9 @@ class Seeing(Finetuning):
         self.say = say
         self.vision, self.tower_weights = vision_of(cfg)
         super().__init__(cfg, world, say)
+        begins = cfg.init_from == "scratch" or cfg.init_from != "resume" and read_vision(cfg.init_from) is None
+        if begins and self.tower_weights is None:  # what most of a picture is should be zero: a constant in every patch outweighs thin strokes, and reading is not learnt
+            self.vision.mean = self.pairs["train"].background() or self.vision.mean
         example = self.pairs["val"].sizes[0]
         for size in example[:1]:
             at = layout(*size, self.vision)
@@ -413,7 +402,7 @@ class Seeing(Finetuning):
 
 
 def blind_score(model, task, pairs, rows, max_new_tokens, batch_rows, world):
-    """The task's own metric on the same questions with a grey picture each: what is known without looking."""
+    """The task's own metric on the same questions with an empty ground for each picture: what is known without looking."""
     pairs.blank = True
     texts = answers(model, pairs, rows, max_new_tokens, batch_rows, world)
     pairs.blank = False

@@ -21,12 +21,14 @@ def is_export(folder):
     return os.path.exists(os.path.join(folder, FILE))
 
 
-def rope_table(slots, head_dim, theta, stretch=1.0):
+def rope_table(slots, cfg, stretch=1.0):
     """cos and sin of RoPE's angles at positions 0 .. slots - 1, (slots, D/2) each; `stretch` as in model.rope_tables."""
-    power = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    base = np.float32(theta) * np.float32(stretch) ** np.float32(head_dim / (head_dim - 2))
-    angle = np.arange(slots, dtype=np.float32)[:, None] * (base ** -power)[None]
-    return np.cos(angle), np.sin(angle)
+    power = np.arange(0, cfg.head_dim, 2, dtype=np.float32) / np.float32(cfg.head_dim)
+    long = cfg.rope_long and stretch > 1
+    base = np.float32(cfg.rope_theta) * np.float32(1 if long else stretch) ** np.float32(cfg.head_dim / (cfg.head_dim - 2))
+    factors = np.array(cfg.rope_long if long else cfg.rope_factors or [1], np.float32)
+    angle = np.arange(slots, dtype=np.float32)[:, None] * (base ** -power / factors)[None]
+    return np.cos(angle) * np.float32(cfg.rope_scale), np.sin(angle) * np.float32(cfg.rope_scale)
 
 
 class Exported:
@@ -38,7 +40,7 @@ class Exported:
         except ImportError:
             raise UserError(f"{folder} is an ONNX export: pip install onnxruntime runs it") from None
         self.about = read_about(folder)
-        self.config, self.step_bytes = SimpleNamespace(**self.about["config"]), self.about["step_bytes"]  # bytes of weights that a step reads
+        self.config, self.step_bytes = SimpleNamespace(**dict(rope_factors=[], rope_long=[], rope_scale=1.0) | self.about["config"]), self.about["step_bytes"]  # bytes of weights that a step reads
         self.float = np.float16 if self.about["precision"] == "fp16" else np.float32
         self.ort, self.device = onnxruntime, device
         options = onnxruntime.SessionOptions()
@@ -104,8 +106,8 @@ class Exported:
         and cross-attention's, which is never stretched."""
         cfg = self.config
         found, which = np.unique(np.maximum(stretch, 1).astype(np.float32), return_inverse=True)
-        cos, sin = (np.concatenate(part).astype(self.float) for part in zip(*[rope_table(slots, cfg.head_dim, cfg.rope_theta, s) for s in found]))
-        plain_cos, plain_sin = (part.astype(self.float) for part in rope_table(slots, cfg.head_dim, cfg.rope_theta))
+        cos, sin = (np.concatenate(part).astype(self.float) for part in zip(*[rope_table(slots, cfg, s) for s in found]))
+        plain_cos, plain_sin = (part.astype(self.float) for part in rope_table(slots, cfg))
         return dict(cos=cos, sin=sin, cross_cos=plain_cos, cross_sin=plain_sin, rows=which.reshape(-1) * slots)
 
     def start(self, prompts, max_new_tokens, prefix=None, images=None):
@@ -223,7 +225,7 @@ class Static(Exported):
     def rope_at(self, positions, stretch):
         """RoPE's tables at positions (T,), (1, T, D/2) each; cross-attention's, which is never stretched, too."""
         cfg = self.config
-        tables = [rope_table(positions[-1] + 1, cfg.head_dim, cfg.rope_theta, factor) for factor in (max(1, stretch), 1)]
+        tables = [rope_table(positions[-1] + 1, cfg, factor) for factor in (max(1, stretch), 1)]
         return {kind + name: table[None, positions] for kind, pair in zip(("", "cross_"), tables) for name, table in zip(("cos", "sin"), pair)}
 
     def run(self, graph, feeds, into={}):

@@ -281,8 +281,8 @@ def load_picture_task(name, skip_bad=False, log=print):
 
 class PicturePairs(Pairs):
     """Pairs whose sources have pictures, each as long as its number of tokens. A source that is too long loses the end of its text, never part
-    of a picture. `blank` shows a grey one in the place of each. With skip_bad, rows whose pictures cannot be read, or take more than all the room, are left out; those whose
-    pictures break only when they are unpacked are shown grey and noted in `bad`."""
+    of a picture. `blank` shows an empty ground in the place of each. With skip_bad, rows whose pictures cannot be read, or take more than all the room, are left out; those whose
+    pictures break only when they are unpacked are shown empty and noted in `bad`."""
 
     blank = False
 
@@ -326,14 +326,20 @@ class PicturePairs(Pairs):
         some = self.sizes[::max(1, len(self) // 500)]
         return [sum(1 + int(np.prod(layout(*size, self.vision).grid)) for size in sizes) for sizes in some]
 
+    def background(self):
+        """The middle value of each channel from 0 to 1, over at most 32 pictures: of drawings and documents, their ground. None without pictures."""
+        rows = [row for row in range(0, len(self), max(1, len(self) // 32)) if self.sizes[row]][:32]
+        pixels = [picture.tiles[0].reshape(-1, 3) for picture in self.pictures(rows)] if rows else []
+        return (np.median(np.concatenate(pixels), axis=0) / 255).tolist() if pixels else None
+
     def pictures(self, rows):
         """The Pictures of these rows, in order."""
         return [self.picture(row, ref, size) for row in rows for ref, size in zip(self.rows[row]["images"], self.sizes[row])]
 
     def picture(self, row, ref, size):
-        grey = Image.new("RGB", size, (127, 127, 127))
+        nothing = Image.new("RGB", size, tuple(round(255 * value) for value in self.vision.mean))  # zero, to the tower
         if self.blank or row in self.bad:
-            return prepare_image(grey, self.vision)
+            return prepare_image(nothing, self.vision)
         where = named(ref, f"the picture of row {row + 1}")
         try:
             image = load(ref, where)
@@ -343,7 +349,7 @@ class PicturePairs(Pairs):
             if not self.skip_bad:
                 raise
             self.bad.add(row)
-            image = grey
+            image = nothing
         return prepare_image(image, self.vision)
 
     def shown(self, model, rows):

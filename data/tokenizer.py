@@ -114,13 +114,18 @@ class Tokenizer:
         write_json(os.path.join(folder, FILE), self.to_dict())
 
 
+def letters_of_bytes():
+    """GPT-2's letter for each byte."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    return {i: chr(i) for i in printable} | {i: chr(256 + n) for n, i in enumerate(i for i in range(256) if i not in printable)}
+
+
 def token_bytes(tokenizer):
     """The bytes of every id of a Hugging Face tokenizer; none for its special ids. Two spellings are in use: GPT-2's, a letter for
     each byte, and SentencePiece's, where a space is U+2581 and a lone byte is <0x0A>."""
     about = json.loads(tokenizer.to_str())
     added = {token["id"]: token for token in about["added_tokens"]}
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    letters = {chr(i): i for i in printable} | {chr(256 + n): i for n, i in enumerate(i for i in range(256) if i not in printable)}
+    letters = {letter: byte for byte, letter in letters_of_bytes().items()}
     by_letters = "ByteLevel" in json.dumps(about["decoder"])
     ids, size = tokenizer.get_vocab(with_added_tokens=True), tokenizer.get_vocab_size(with_added_tokens=True)
     found = [b""] * max(size, 1 + max(ids.values()))
@@ -134,6 +139,42 @@ def token_bytes(tokenizer):
         else:
             found[i] = piece.replace("\u2581", " ").encode()
     return found
+
+
+def merges_of(ranks):
+    """The pairs that make each token of a byte-pair vocabulary, in order of rank: what GPT-2's way of writing one down has in place of ranks."""
+    rank_of, merges = {token: rank for rank, token in enumerate(ranks)}, []
+    for rank, token in enumerate(ranks):
+        parts = [bytes([byte]) for byte in token]
+        while len(parts) > 2:  # as encoding goes, with the tokens that come before this one
+            best = min(range(len(parts) - 1), key=lambda i: rank_of.get(parts[i] + parts[i + 1], rank))
+            parts[best:best + 2] = [parts[best] + parts[best + 1]]
+        if len(parts) == 2:
+            merges.append(tuple(parts))
+    return merges
+
+
+def to_foreign(tokenizer):
+    """(tokenizer.json, tokenizer_config.json) by which the libraries `tokenizers` and `transformers` give the same ids, as texts. Begin of sequence comes before every text."""
+    if tokenizer.kind == "hf":
+        piece_of = tokenizer.foreign.id_to_token
+        ends = {f"{name}_token": piece_of(i) for name, i in (("bos", tokenizer.bos), ("eos", tokenizer.eos)) if i < tokenizer.n_text}
+        source = tokenizer.source
+    else:
+        from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
+        from tokenizers import Tokenizer as Foreign
+        letters = letters_of_bytes()
+        spelled = ["".join(letters[byte] for byte in token) for token in tokenizer.ranks]
+        merges = [tuple("".join(letters[byte] for byte in part) for part in pair) for pair in merges_of(tokenizer.ranks)]
+        foreign = Foreign(models.BPE({piece: i for i, piece in enumerate(spelled)}, merges))
+        cut = [pre_tokenizers.Split(Regex(tokenizer.pattern), "isolated")] if tokenizer.pattern else []
+        foreign.pre_tokenizer = pre_tokenizers.Sequence([*cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        foreign.decoder = decoders.ByteLevel()
+        foreign.add_special_tokens([AddedToken(tokenizer.name_of(i), special=True, normalized=False) for i in range(tokenizer.n_text, tokenizer.vocab_size)])
+        foreign.post_processor = processors.TemplateProcessing(single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", tokenizer.bos)])
+        source, ends = foreign.to_str(), dict(bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", sep_token="<sep>")
+    about = dict(tokenizer_class="PreTrainedTokenizerFast", clean_up_tokenization_spaces=False, model_max_length=10 ** 9, **ends)
+    return source, json.dumps(about, indent=1)
 
 
 def special_id(name, folder, tokenizer):

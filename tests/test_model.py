@@ -154,15 +154,15 @@ def test_rope_scores_depend_on_the_distance_alone():
     q, k = torch.randn(2, 1, 1, 1, 16)
 
     def score(i, j):
-        at = [M.rope_tables(torch.tensor([[p]]), 16, 1e4) for p in (i, j)]
+        at = [M.rope_tables(torch.tensor([[p]]), M.Config(head_dim=16)) for p in (i, j)]
         return (M.rotate(q, at[0]) * M.rotate(k, at[1])).sum()
     close(score(3, 1), score(13, 11), 1e-4)
     assert not torch.isclose(score(3, 1), score(3, 2))
 
 
 def test_ntk_stretches_the_slowest_frequency_by_the_factor_and_leaves_the_fastest():
-    cos1, sin1 = M.rope_tables(torch.tensor([[1]]), 16, 1e4)
-    cos4, sin4 = M.rope_tables(torch.tensor([[1]]), 16, 1e4, torch.tensor([4.0]))
+    cos1, sin1 = M.rope_tables(torch.tensor([[1]]), M.Config(head_dim=16))
+    cos4, sin4 = M.rope_tables(torch.tensor([[1]]), M.Config(head_dim=16), torch.tensor([4.0]))
     angle1, angle4 = torch.atan2(sin1, cos1).flatten(), torch.atan2(sin4, cos4).flatten()
     close(angle4[0], angle1[0])
     close(angle4[-1], angle1[-1] / 4, 1e-6)
