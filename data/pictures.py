@@ -2,7 +2,7 @@
 
     shapes    one or two groups of shapes -> what they are: "three red circles at the top left, one blue star in the middle"
     docs      lines of made-up words in many fonts and noises, as SynDoG draws them -> the text
-    charts    a bar chart, drawn by matplotlib, and questions as ChartQA's -> a value, the largest bar, a difference, a colour, the title; in training, all of it, too
+    charts    a bar chart, drawn by matplotlib, and questions as ChartQA's -> a value, the largest bar, a difference, a colour, the title; in training, lists of all there is, too
 
 Everything about a picture follows from (kind, split, number). What it says (its caption, its text, a chart's title) falls by a hash into the training or a held-out
 split, and is drawn again until it falls into the right one: no caption, text or title that is held out was ever seen in training. Single words are.
@@ -198,7 +198,7 @@ def draw_charts(rng, title, labels, values, colours, size=160):
 PLANS = dict(shapes=plan_shapes, docs=plan_docs, charts=plan_charts)
 SIZES = dict(shapes=(200_000, 1000, 1000), docs=(100_000, 500, 500), charts=(12_000, 250, 250))  # pictures of train, val and test
 QUESTIONS = 8  # of a chart
-TABLES = 4     # how often a chart that is trained on is to be read whole, too: from single answers alone, reading is not learnt in minutes
+LISTS = 2      # how often the names, values and colours of a chart that is trained on are to be listed, too: from single answers alone, reading is not learnt in minutes
 
 
 @dataclass(frozen=True)
@@ -242,9 +242,9 @@ def rows_of_picture(kind, split, number):
         if kinds[what]:
             question, answer = kinds[what].pop(asked.randrange(len(kinds[what])))
             rows.append(dict(source=f"<image>{question}", target=answer, images=images, kind=what))
-    title, labels, values, colours = plan
-    table = f"{title}: " + ", ".join(f"{label} {value} {colour}" for label, value, colour in zip(labels, values, colours))
-    return rows + [dict(source="<image>What does it show?", target=table, images=images, kind="table")] * (TABLES if split == "train" else 0)
+    lists = dict(names=plan[1], values=map(str, plan[2]), colours=plan[3])
+    lists = [dict(source=f"<image>What are the {what}?", target=", ".join(words), images=images, kind=what) for what, words in lists.items()]
+    return rows + lists * (LISTS if split == "train" else 0)
 
 
 class Store:
