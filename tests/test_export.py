@@ -24,6 +24,8 @@ CONFIGS = {
     "cross RoPE": dict(cross_rope=True),
     "gelu, untied": dict(mlp="gelu", tied=False, embed_scale=3.0),
     "no groups": dict(n_kv_head=4, n_head=4),
+    "factors of RoPE": dict(rope_factors=[1.0 + i / 4 for i in range(8)], rope_long=[2.0 + i for i in range(8)], rope_scale=1.2, cross_rope=True),
+    "the released model": dict(mlp="gelu", qk_norm=False, qkv_bias=True, bias=True, head_bias=True),
 }
 
 

@@ -332,13 +332,26 @@ def test_no_text_is_in_two_splits():
         assert not said["train"] & said["val"] and not said["train"] & said["test"]
 
 
+def test_a_tower_from_nothing_takes_the_ground_for_zero():
+    """Of charts that is white; and a picture without content is that ground."""
+    cfg, tokenizer = VisionConfig(image_size=160, patch=16, grid=0), Tokenizer("bytes")
+    rows = [dict(source=f"{IMAGE}?", target="x", images=[Image.new("RGB", (160, 160), (200, 100, 0))]) for _ in range(3)]
+    pairs = picture_tasks.PicturePairs(rows, tokenizer, 200, 8, False, cfg)
+    assert pairs.background() == pytest.approx([200 / 255, 100 / 255, 0])
+    cfg.mean, pairs.blank = pairs.background(), True
+    pairs.rows[0]["images"][0].putpixel((3, 3), (0, 0, 255))
+    assert np.array_equal(pairs.pictures([0])[0].tiles, pairs.pictures([1])[0].tiles) and pairs.pictures([0])[0].tiles[0, 3, 3].tolist() == [200, 100, 0]
+    assert picture_tasks.PicturePairs([dict(source="?", target="x", images=[])], tokenizer, 200, 8, False, cfg).background() is None
+
+
 def test_charts_have_the_answers_to_their_questions():
     kinds = set()
     for number in range(30):
         _, plan = data.pictures.drawn_from("charts", "val", number, data.pictures.plan_charts)
+        title, labels, values, colours = data.pictures.drawn_from("charts", "train", number, data.pictures.plan_charts)[1]
+        whole = rows_of_picture("charts", "train", number)[-1]["target"]
+        assert whole == "; ".join((", ".join(colours), ", ".join(labels), ", ".join(map(str, values)), title)) and all(row["kind"] != "whole" for row in rows_of_picture("charts", "test", number))
         title, labels, values, colours = plan
-        table = rows_of_picture("charts", "train", number)[-1]
-        assert table["kind"] == "table" and all(row["kind"] != "table" for row in rows_of_picture("charts", "test", number))
         for row in rows_of_picture("charts", "val", number):
             kinds.add(row["kind"])
             named = [label for label in labels if f" {label}" in row["source"]]
