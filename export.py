@@ -30,11 +30,10 @@ import numpy as np
 import onnx
 import torch
 from onnx import TensorProto, helper
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from data.cli import UserError, parse, script, setting
+from data.cli import UserError, given, parse, script, setting
 from data.corpus import prepare
 from data.families import PREFIXES, about_of, config_of, llama_names, local_folder, mu_names, read_about, weight_files
 from data.exported import FILE, Exported, Static, is_export
@@ -48,7 +47,8 @@ from data.tasks import load_task
 from data.tokenizer import load_tokenizer, to_foreign
 from model import PRESETS, Config, Transformer, shift_right
 from train import Settings as TrainSettings
-from vision import VisionLM, load_model, renamed
+from train import resolve
+from vision import VisionLM, load_model, read_tensors, renamed
 
 MS = "com.microsoft"
 
@@ -509,7 +509,7 @@ def plain_decoder(model, weights, precision, T, slots, S):
     else:
         codes, scales = quantize_rows(array(weight))
         weight = g.op("DequantizeLinear", g.weight(f"{name}.int8", codes), g.vector(f"{name}.scales", scales), axis=0)
-    g.op("Gemm", h, weight, *([g.weight("head_bias", array(model.head_bias))] if model.head_bias is not None else []), transB=1, outputs=["logits"])
+    g.op("Gemm", h, weight, *([g.vector("head_bias", array(model.head_bias))] if model.head_bias is not None else []), transB=1, outputs=["logits"])
     return g
 
 
@@ -742,13 +742,7 @@ def llama_config(about, where):
 def load_llama(name, where):
     folder = local_folder(name, where)
     about = read_about(folder, where)
-    config, tensors = llama_config(about, where), {}
-    for file in weight_files(folder, where):
-        try:
-            with safe_open(file, framework="pt") as f:
-                tensors |= {key: f.get_tensor(key) for key in f.keys()}
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{file} cannot be read, it is truncated or no safetensors file ({error})") from None
+    config, tensors = llama_config(about, where), read_tensors(weight_files(folder, where))
     config.tied = bool(about.get("tie_word_embeddings", "lm_head.weight" not in tensors))
     if config.tied:
         tensors.pop("lm_head.weight", None)  # some files have it all the same
@@ -792,8 +786,10 @@ def load_mu(path, where):
         if not isinstance(state, dict) or not isinstance(state.get("model_state_dict"), dict):
             raise UserError(f"{where} has no model_state_dict: it is no checkpoint of the paper's code")
         about, state = dict(n_head=6, n_kv_head=3) | dict(state.get("model_config") or {}), state["model_state_dict"]
-    tensors = {key.removeprefix("_orig_mod.").removeprefix("module."): tensor for key, tensor in state.items()}
     try:
+        tensors = {key.removeprefix("_orig_mod.").removeprefix("module."): tensor for key, tensor in state.items()}
+        if not all(map(torch.is_tensor, tensors.values())):
+            raise ValueError("it holds more than tensors")
         n_enc, n_dec = (1 + max(int(key.split(".")[2]) for key in tensors if key.startswith(f"transformer.{stack}.")) for stack in ("e", "h"))
         (vocab_size, n_embd), n_hidden = tensors["transformer.wte.weight"].shape, len(tensors["transformer.e.0.mlp.fc1.bias"])
         n_head, n_kv_head, length = about["n_head"], about["n_kv_head"], about.get("block_size", 1024)
@@ -848,9 +844,13 @@ def with_eyes(config, tensors, names, about, where):
 
 @torch.no_grad()
 def fit_vocabulary(model, tokenizer, where):
-    """Gives a foreign model the ids of its tokenizer as it is here: special ones (sentinels, separator, padding) behind its own. Ids that it had no embedding for begin as the mean of
-    the others, whose logit is the mean of theirs and so never the largest."""
+    """Gives a foreign model the ids of its tokenizer as it is here: special ones (sentinels, separator, padding) behind its own, in rows of the embedding that no id had yet. Those past
+    its end begin as the mean of all others, whose logit is the mean of theirs and so never the largest."""
     cfg = model.config
+    if tokenizer.kind != "hf":
+        raise UserError(f"{where}: its ids are those of the tokenizer.json that it was trained with, not of one of this project's")
+    if tokenizer.eos >= tokenizer.n_text:
+        raise UserError(f"{where}: its tokenizer names no end of sequence: keep the tokenizer_config.json beside tokenizer.json")
     if tokenizer.n_text > cfg.vocab_size:
         raise UserError(f"{where}: its tokenizer has {tokenizer.n_text:,} ids and its embedding {cfg.vocab_size:,} rows: they do not belong together")
     size, new = max(cfg.vocab_size, tokenizer.vocab_size), max(0, tokenizer.vocab_size - cfg.vocab_size)
@@ -862,6 +862,16 @@ def fit_vocabulary(model, tokenizer, where):
     image = dict(image_id=tokenizer.image) if isinstance(model, VisionLM) else {}
     model.config = replace(cfg, vocab_size=size, pad_id=tokenizer.pad, bos_id=tokenizer.bos, eos_id=tokenizer.eos, **image).check()
     return model
+
+
+def tokenizer_of(where, folder, chosen):
+    """Where the tokenizer of foreign weights is: beside them, or as --tokenizer says."""
+    own = os.path.join(folder, "tokenizer.json")
+    if not chosen and not os.path.exists(own):
+        raise UserError(f"{where} has no tokenizer.json beside it: name one with --tokenizer=FILE (the paper's released checkpoint has Phi-3.5's)")
+    if chosen and os.path.exists(own) and load_tokenizer(chosen).hash() != load_tokenizer(folder).hash():
+        raise UserError(f"--tokenizer={chosen} is not the one beside the weights of {where}: leave it out")
+    return chosen or folder
 
 
 @torch.no_grad()
@@ -963,16 +973,16 @@ def parity(model, exported, batch, prompts, pictures, new):
 
 def write_run(name, folder, tokenizer_file=None):
     """Writes foreign weights as a run folder, which every script takes."""
-    model = load_foreign(name)
-    tokenizer = load_tokenizer(tokenizer_file or foreign_config(name)[1])
-    fit_vocabulary(model, tokenizer, name)
-    config = model.config
-    arch, objective, data = ("encdec", "seq2seq", "docstring") if config.n_enc else ("dec", "causal", "pycode")  # of which the parity report of an export reads its rows
-    seeing = dict(data="shapes") if isinstance(model, VisionLM) else {}
+    tokenizer = load_tokenizer(tokenizer_of(name, foreign_config(name)[1], tokenizer_file))
+    model = fit_vocabulary(load_foreign(name), tokenizer, name)
+    config, seeing = model.config, isinstance(model, VisionLM)
+    arch, objective = ("encdec", "seq2seq" if seeing else "prefix") if config.n_enc else ("dec", "causal")  # as the released code asks its text model: no end behind the source
     sizes = dict(preset=preset_of(config), n_enc=config.n_enc or None, n_dec=config.n_dec, n_embd=config.n_embd, n_head=config.n_head, n_kv_head=config.n_kv_head, head_dim=config.head_dim,
                  n_hidden=config.n_hidden)
-    settings = asdict(TrainSettings()) | dict(arch=arch, objective=objective, data=data, tokenizer=name, init_from=name, src_len=config.src_len or config.tgt_len * 3 // 4,
-                                              tgt_len=config.tgt_len if config.n_enc else config.tgt_len // 4, cross_rope=False) | sizes | seeing
+    data = "docstring" if seeing else "pycode"
+    lengths = dict(src_len=min(1024, config.src_len or config.tgt_len * 3 // 4), tgt_len=min(256, config.tgt_len if config.n_enc else config.tgt_len // 4))  # of rows, not what it can read
+    settings = asdict(resolve(replace(TrainSettings(), arch=arch, objective=objective, data=data, tokenizer=name, cross_rope=False, **sizes, **lengths)))
+    settings |= dict(init_from=name, data="shapes" if seeing else data)  # rows of which an export's parity report reads
     model.save(folder)
     tokenizer.save(folder)
     write_record(folder, settings, dict(torch=torch.__version__), weights_of=name)
@@ -997,6 +1007,8 @@ def write_hf(model, tokenizer, folder, run, record, dtype):
     own["embed.weight"] = own["embed.weight"] * config.embed_scale
     names = llama_names(config, fused=False)
     tensors = {names[key][0]: p.contiguous() for key, p in own.items() if not (tied and key == "head.weight")}
+    if bad := [key for key, p in tensors.items() if not all(map(torch.isfinite, torch.aminmax(p)))]:
+        raise UserError(f"{run}: {bad[0]} is too large for {about['torch_dtype']}: use --precision=fp32")
     if about.get("attention_bias") and about["model_type"] == "qwen3":
         tensors |= {f"model.layers.{i}.self_attn.o_proj.bias": torch.zeros(config.n_embd, dtype=dtype) for i in range(config.n_dec)}
     os.makedirs(folder)
@@ -1074,8 +1086,10 @@ def check_format(cfg):
         raise UserError("--format=run needs --out=FOLDER for the run")
     if cfg.tokenizer and cfg.format != "run":
         raise UserError("--tokenizer is for --format=run: a run has its own")
-    if cfg.format != "onnx" and (cfg.static or cfg.precision not in ("fp32", "fp16")):
-        raise UserError(f"--format={cfg.format} has no --static, and the precisions fp32 and fp16")
+    if cfg.format != "onnx" and (cfg.static or cfg.precision not in (("fp32", "fp16") if cfg.format == "hf" else ("fp32",))):
+        raise UserError(f"--format={cfg.format} has no --static, and {'the precisions fp32 and fp16' if cfg.format == 'hf' else 'keeps the precision of the weights'}")
+    if idle := [name for name in ("src_len", "tgt_len", "calibrate", "data", "rows", "new", "json") if name in given()] if cfg.format != "onnx" else []:
+        raise UserError(f"--{idle[0]} is for --format=onnx")
 
 
 def convert(cfg, out):

@@ -670,9 +670,9 @@ class Transformer(nn.Module):
         return cls(read_config(folder))
 
     @classmethod
-    def load(cls, folder, weights=None, device="cpu", dtype=None):
+    def load(cls, folder, weights=None, device="cpu", dtype=torch.float32):
         """The model of a folder that `save` wrote, with the weights that did best where training kept them apart from the
-        last ones. Raises ModelError naming what is missing, altered or does not fit."""
+        last ones. Whatever they were saved in, they are float32 unless `dtype` is another. Raises ModelError naming what is missing, altered or does not fit."""
         weights = weights or ("best.safetensors" if os.path.exists(os.path.join(folder, "best.safetensors")) else "model.safetensors")
         path = os.path.join(folder, weights)
         read_config(folder)

@@ -270,7 +270,7 @@ def main():
     if cfg.max_new_tokens is None:
         static = exported and model.about.get("static")
         room = static["tgt_len"] if static else model.config.tgt_len
-        cfg.max_new_tokens = room if model.config.n_enc else max(1 if static else 64, room - len(prompt))
+        cfg.max_new_tokens = min(1024, room if model.config.n_enc else max(1 if static else 64, room - len(prompt)))
     holes = any(i >= tokenizer.first_sentinel for i in prompt)
 
     if cfg.beams > 1:

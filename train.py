@@ -850,7 +850,9 @@ def adopt(cfg, key="init_from"):
     """Takes over from the run (or the weights of others) in --init_from what its weights decide: sizes, vocabulary, and lengths for going on as before."""
     foreign = cfg.init_from.startswith(PREFIXES)
     if foreign:
-        from export import foreign_config, preset_of  # which imports this file
+        from export import foreign_config, preset_of, tokenizer_of  # which imports this file
+        if os.path.isdir(cfg.init_from.removeprefix("mu:")):
+            raise UserError(f"--{key}={cfg.init_from} has pictures: make it a run first, python export.py --run={cfg.init_from} --format=run --out=RUN")
         parent, folder = foreign_config(cfg.init_from)
         old = dict(preset=cfg.preset if "preset" in given() else preset_of(parent), split=cfg.split) | {name: getattr(parent, name) or None for name in SIZES}
     else:
@@ -860,6 +862,9 @@ def adopt(cfg, key="init_from"):
     if parent.n_enc and cfg.arch == "dec":
         raise UserError(f"--{key}={cfg.init_from} is an encoder-decoder, not --arch=dec")
     adapts = cfg.arch == "encdec" and not parent.n_enc
+    if adapts and (parent.image_id >= 0 or "split" in given()):
+        raise UserError(f"--{key}={cfg.init_from} has pictures: only models of text become encoder-decoders" if parent.image_id >= 0 else
+                        f"--split={cfg.split} is for a new model: --n_enc and --n_dec say how many layers of {cfg.init_from} each stack takes")
     if adapts:  # a decoder-only model becomes an encoder-decoder, of as many of its layers as one likes
         old = old | dict(n_enc=cfg.n_enc or parent.n_dec, n_dec=cfg.n_dec or parent.n_dec, n_hidden=parent.n_hidden)
     for name in ("preset", "split", *SIZES):
@@ -869,9 +874,10 @@ def adopt(cfg, key="init_from"):
     if cfg.cross_rope is None and not adapts:
         cfg.cross_rope = parent.cross_rope
     if cfg.tokenizer in (None, "bpe"):
-        if not os.path.exists(os.path.join(folder, "tokenizer.json")):
-            raise UserError(f"--{key}={cfg.init_from} has no tokenizer.json beside it: name one with --tokenizer=FILE (the paper's released checkpoint has Phi-3.5's)")
-        cfg.tokenizer = folder
+        cfg.tokenizer = None if foreign else folder
+    if foreign:
+        cfg.tokenizer = tokenizer_of(cfg.init_from, folder, cfg.tokenizer)
+        return  # rows as long as the preset's: what it was trained for may be a hundred thousand tokens
     if cfg.objective != "seq2seq" and not is_task(cfg.data):  # the lengths of a task's rows have nothing to do with the run's
         cfg.src_len = cfg.src_len or parent.src_len or parent.tgt_len * 4 // 5
         cfg.tgt_len = cfg.tgt_len or (parent.tgt_len if parent.n_enc else parent.tgt_len - cfg.src_len)
@@ -889,7 +895,7 @@ def make_model(cfg, tokenizer):
 def parent_model(cfg, tokenizer, load=Transformer.load):
     """The model that --init_from names, a run or weights of others, with the lengths of this run. A decoder-only one becomes an encoder-decoder for --arch=encdec."""
     src_len, tgt_len = (cfg.src_len, cfg.tgt_len) if cfg.arch == "encdec" else (0, cfg.src_len + cfg.tgt_len)
-    if foreign := cfg.init_from.startswith(PREFIXES):
+    if cfg.init_from.startswith(PREFIXES):
         from export import fit_vocabulary, load_foreign
         model = fit_vocabulary(load_foreign(cfg.init_from), tokenizer, cfg.init_from).float()
     else:
@@ -899,11 +905,16 @@ def parent_model(cfg, tokenizer, load=Transformer.load):
     if cfg.arch == "encdec" and not model.config.n_enc:
         from export import to_encdec
         model = to_encdec(model, cfg.n_enc, cfg.n_dec)
-    if foreign:  # what it was trained for stays: others paid for it
+    if origin(cfg):  # what it was trained for stays: others paid for it
         length = model.config.tgt_len
-        src_len, tgt_len = max(src_len, length) if model.config.n_enc else 0, max(tgt_len, length)
+        src_len, tgt_len = max(src_len, model.config.src_len) if model.config.n_enc else 0, max(tgt_len, length)
     model.config = replace(model.config, src_len=src_len, tgt_len=tgt_len, cross_rope=cfg.cross_rope)
     return model
+
+
+def origin(cfg):
+    """Whose weights a run begins with, of which it is the run or a run's run; None for those of this project."""
+    return None if cfg.init_from == "scratch" else cfg.init_from if cfg.init_from.startswith(PREFIXES) else read_record(cfg.init_from).get("weights_of")
 
 
 def new_config(cfg, tokenizer):
@@ -942,7 +953,7 @@ def launch(cfg, make_job, name):
         if world.rank == 0:
             os.makedirs(cfg.out, exist_ok=True)
             settings = {field.name: getattr(cfg, field.name) for field in fields(Settings)}
-            record(cfg.out, settings, dict(torch=torch.__version__, numpy=np.__version__), corpus=job.hash, **job.about())
+            record(cfg.out, settings, dict(torch=torch.__version__, numpy=np.__version__), corpus=job.hash, weights_of=origin(cfg), **job.about())
             job.tokenizer.save(cfg.out)
 
     def evaluate(step):

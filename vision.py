@@ -275,14 +275,21 @@ def foreign_tower(name):
     config = dict(image_size=known["image_size"], patch=known["patch_size"], n_layer=known["num_hidden_layers"] - 1, n_embd=known["hidden_size"], n_head=known["num_attention_heads"],
                   n_hidden=known["intermediate_size"], act=acts[known["hidden_act"]], class_token=clip, pre_norm=clip, patch_bias=not clip, norm_eps=known["layer_norm_eps"],
                   mean=mean, std=std)
+    tensors = read_tensors(weight_files(folder, where), lambda key: key.startswith(("vision_model.", "embeddings.", "encoder.", "pre_layrnorm.")))
+    tensors = {key.removeprefix("vision_model."): tensor for key, tensor in tensors.items()}
+    return config, renamed(tensors, config, where)
+
+
+def read_tensors(files, wanted=lambda key: True):
+    """The tensors of safetensors files by name, mapped rather than copied."""
     tensors = {}
-    for file in weight_files(folder, where):
+    for file in files:
         try:
             with safe_open(file, framework="pt") as f:
-                tensors |= {key.removeprefix("vision_model."): f.get_tensor(key) for key in f.keys() if key.startswith(("vision_model.", "embeddings.", "encoder.", "pre_layrnorm."))}
+                tensors |= {key: f.get_tensor(key) for key in f.keys() if wanted(key)}
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file} cannot be read, it is truncated or no safetensors file ({error})") from None
-    return config, renamed(tensors, config, where)
+    return tensors
 
 
 def renamed(tensors, config, where):
@@ -456,7 +463,7 @@ def check(cfg):
 
 def main():
     cfg = read_settings(Settings, __doc__)
-    cfg.cross_rope = False if cfg.cross_rope is None and cfg.init_from == "scratch" else cfg.cross_rope  # an answer does not follow the order of patches
+    cfg.cross_rope = bool(cfg.cross_rope)  # an answer does not follow the order of patches
     for name, value in (DEFAULTS if cfg.preset in ("nano", "mini", "small") else LARGE).items():
         if getattr(cfg, name) is None and not (name == "max_minutes" and cfg.max_iters):
             setattr(cfg, name, value)

@@ -10,12 +10,12 @@ import os
 
 from data.cli import UserError
 
-FAMILIES = {"llama": {}, "mistral": {}, "qwen2": dict(qkv_bias=True), "qwen3": dict(qk_norm=True), "phi3": {}}
+FAMILIES = {"llama": {}, "mistral": {}, "qwen2": dict(qkv_bias=True), "qwen3": dict(qk_norm=True), "phi3": dict(qkv_bias=False)}
 ROPES = ("default", "linear", "llama3", "longrope")
 PREFIXES = ("hf:", "mu:")
 
 
-def local_folder(name, where, patterns=("*.json", "*.safetensors")):
+def local_folder(name, where, patterns=("*.json", "model*.safetensors")):
     """The folder of a model: `name` itself, or, where it is an id of the Hub, what is downloaded from there."""
     if os.path.isdir(name):
         return name
@@ -23,7 +23,7 @@ def local_folder(name, where, patterns=("*.json", "*.safetensors")):
         raise UserError(f"{where}: no such folder")
     from huggingface_hub import snapshot_download
     try:
-        return snapshot_download(name, allow_patterns=list(patterns))
+        return snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=["*/*"])
     except Exception as error:  # no network, no such model: the library and those below it raise their own kinds
         raise UserError(f"{where} could not be reached ({type(error).__name__}); give a local folder with config.json and model.safetensors") from None
 
@@ -55,6 +55,8 @@ def weight_files(folder, where):
         if missing := [file for file in files if not os.path.exists(file)]:
             raise UserError(f"{where}: {len(missing)} of its {len(files)} shards {'is' if len(missing) == 1 else 'are'} missing, the first is {os.path.basename(missing[0])}")
         return files
+    if os.path.exists(single := os.path.join(folder, "model.safetensors")):
+        return [single]  # what else lies there is something else: an adapter, the same in another form
     files = sorted(glob.glob(os.path.join(glob.escape(folder), "*.safetensors")))
     if not files:
         pickled = glob.glob(os.path.join(glob.escape(folder), "*.bin"))
@@ -86,7 +88,7 @@ def config_of(about, where):
         rope, length = rope_of(about, head_dim, length, where)
     except KeyError as error:
         raise UserError(f"{where}: its config.json lacks {error.args[0]}") from None
-    except (TypeError, ValueError, ZeroDivisionError) as error:
+    except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise UserError(f"{where}: its config.json cannot be used ({error})") from None
     window = about.get("sliding_window") if kind != "qwen2" and kind != "qwen3" or about.get("use_sliding_window") else None
     length = min(length, int(window)) if window else length  # within its window, sliding attention is attention

@@ -156,13 +156,11 @@ def merges_of(ranks):
 
 def to_foreign(tokenizer):
     """(tokenizer.json, tokenizer_config.json) by which the libraries `tokenizers` and `transformers` give the same ids, as texts. Begin of sequence comes before every text."""
+    from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
+    from tokenizers import Tokenizer as Foreign
     if tokenizer.kind == "hf":
-        piece_of = tokenizer.foreign.id_to_token
-        ends = {f"{name}_token": piece_of(i) for name, i in (("bos", tokenizer.bos), ("eos", tokenizer.eos)) if i < tokenizer.n_text}
-        source = tokenizer.source
+        foreign = Foreign.from_str(tokenizer.source)
     else:
-        from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
-        from tokenizers import Tokenizer as Foreign
         letters = letters_of_bytes()
         spelled = ["".join(letters[byte] for byte in token) for token in tokenizer.ranks]
         merges = [tuple("".join(letters[byte] for byte in part) for part in pair) for pair in merges_of(tokenizer.ranks)]
@@ -170,11 +168,17 @@ def to_foreign(tokenizer):
         cut = [pre_tokenizers.Split(Regex(tokenizer.pattern), "isolated")] if tokenizer.pattern else []
         foreign.pre_tokenizer = pre_tokenizers.Sequence([*cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
         foreign.decoder = decoders.ByteLevel()
-        foreign.add_special_tokens([AddedToken(tokenizer.name_of(i), special=True, normalized=False) for i in range(tokenizer.n_text, tokenizer.vocab_size)])
-        foreign.post_processor = processors.TemplateProcessing(single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", tokenizer.bos)])
-        source, ends = foreign.to_str(), dict(bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", sep_token="<sep>")
+    for i in range(tokenizer.n_text, tokenizer.vocab_size):
+        name = tokenizer.name_of(i)
+        foreign.add_special_tokens([AddedToken(name if foreign.token_to_id(name) is None else f"<nanoencdec {name[1:]}", special=True, normalized=False)])
+    piece_of = foreign.id_to_token
+    if foreign.get_vocab_size() != tokenizer.vocab_size or foreign.token_to_id(piece_of(tokenizer.sentinel(N_SENTINELS - 1))) != tokenizer.vocab_size - 1:
+        raise UserError("the special ids of this tokenizer cannot be added to its Hugging Face form: its own ids have holes")
+    bos = piece_of(tokenizer.bos)
+    foreign.post_processor = processors.TemplateProcessing(single=[bos, "$A"], pair=[bos, "$A", "$B"], special_tokens=[(bos, tokenizer.bos)])
+    ends = {f"{name}_token": piece_of(getattr(tokenizer, name)) for name in ("bos", "eos", "pad", "sep")}
     about = dict(tokenizer_class="PreTrainedTokenizerFast", clean_up_tokenization_spaces=False, model_max_length=10 ** 9, **ends)
-    return source, json.dumps(about, indent=1)
+    return foreign.to_str(), json.dumps(about, indent=1)
 
 
 def special_id(name, folder, tokenizer):

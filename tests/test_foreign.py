@@ -12,13 +12,14 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer as Foreign
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-import data.families as families
+import bench
 import export
 import sample
 import train
 from conftest import TINY_DEC, TINY_ENC, call, one_line
 from data.cli import UserError
 from data.exported import Exported
+from data.runs import read_record
 from data.tokenizer import Tokenizer, load_tokenizer, merges_of, train_tokenizer
 from model import ModelError
 from vision import load_model
@@ -237,8 +238,15 @@ def test_a_foreign_model_as_a_run(tmp_path, text_file, monkeypatch, capsys):
     assert status == 0 and load_tokenizer("run").decode(wanted).strip() in out
     status, out, err = call(export.main, ["--run=run", "--out=onnx", f"--data={text_file}", "--rows=2", "--new=4", "--threads=1"], monkeypatch, capsys)
     assert status == 0 and "100.0% of torch's greedy tokens" in out, err
+    status, out, err = call(bench.main, ["quality", "--run=run", f"--data={text_file}", "--eval_rows=2"], monkeypatch, capsys)
+    assert status == 0, err
     status, out, err = call(train.main, short("--init_from=run", f"--data={text_file}", "--out=more"), monkeypatch, capsys)
     assert status == 0, err
+    assert load_model("more").config.tgt_len == 64 and read_record("more")["weights_of"] == name  # what others trained for stays, a run's run later too
+    status, out, err = call(export.main, ["--run=more", "--format=hf"], monkeypatch, capsys)
+    assert status == 0, err
+    text, tokenizer = transformers.AutoTokenizer.from_pretrained("more-hf"), load_tokenizer("more")
+    assert text("some words<sep>")["input_ids"] == [1, *tokenizer.encode("some words"), tokenizer.sep] and text.pad_token_id == tokenizer.pad
 
 
 @pytest.mark.parametrize("arch", ["dec", "encdec"])
@@ -258,12 +266,17 @@ def test_training_goes_on_from_a_foreign_model(arch, tmp_path, text_file, monkey
 @pytest.mark.parametrize("words, said", [
     (["--init_from=hf:m", "--n_embd=48"], "--n_embd=48 cannot be chosen"), (["--init_from=hf:m", "--arch=encdec", "--n_enc=9"], "--n_enc=9: the model to start from has 3 layers"),
     (["--init_from=hf:m", "--n_dec=2"], "--n_dec=2 cannot be chosen"), (["--init_from=hf:nowhere"], "no such folder"), (["--init_from=hf:bare"], "no tokenizer.json beside it"),
-    (["--init_from=mu:x.pt"], "x.pt is missing"),
+    (["--init_from=mu:x.pt"], "x.pt is missing"), (["--init_from=hf:m", "--tokenizer=bytes"], "is not the one beside the weights"), (["--init_from=hf:bare", "--tokenizer=bytes"], "not of one of this"),
+    (["--init_from=hf:m", "--arch=encdec", "--split=1/3"], "--split=1/3 is for a new model"), (["--init_from=mu:m"], "has pictures: make it a run first"),
+    (["--init_from=hf:bare", "--tokenizer=m/tokenizer.json"], "names no end of sequence"),
 ])
 def test_what_cannot_be_started_from(words, said, tmp_path, text_file, monkeypatch, capsys):
     saved(foreign_model("llama"), "m")
     shutil.copytree("m", "bare")
     add_tokenizer("m")
+    if words[-1].endswith("m/tokenizer.json"):
+        os.remove("m/tokenizer_config.json")
+        change("m", eos_token_id=None)
     status, out, err = call(train.main, short(*words, f"--data={text_file}"), monkeypatch, capsys)
     assert status == 2 and said in one_line(err)
 
@@ -422,7 +435,7 @@ def test_the_released_checkpoint(config, tmp_path):
         assert export.load_foreign(f"mu:{tmp_path / 'b.pt'}").embed.weight.dtype == torch.bfloat16
 
 
-def test_the_released_checkpoint_becomes_a_run(tmp_path, monkeypatch, capsys):
+def test_the_released_checkpoint_becomes_a_run(tmp_path, text_file, monkeypatch, capsys):
     """... which is exported, in int8 too, and trained on."""
     state = mu_state()
     torch.save(dict(model_state_dict=state), "m.pt")
@@ -435,7 +448,7 @@ def test_the_released_checkpoint_becomes_a_run(tmp_path, monkeypatch, capsys):
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps(dict(source=f"some words {i}", target=f"more {i}")) + "\n" for i in range(40)))
     for precision in ("fp32", "int8"):
-        status, out, err = call(export.main, ["--run=run", f"--precision={precision}", f"--data={rows}", "--rows=2", "--new=4", "--threads=1"], monkeypatch, capsys)
+        status, out, err = call(export.main, ["--run=run", f"--precision={precision}", f"--data={text_file}", "--rows=2", "--new=4", "--threads=1"], monkeypatch, capsys)
         assert status == 0, err
     twin, prompt = Exported("run-fp32", 1), [5, 9, 200]
     _, logits = twin.start([prompt], 2)
@@ -452,6 +465,12 @@ def test_checkpoints_that_are_refused(tmp_path):
     with pytest.raises(UserError, match="asks for code to be run .* refused"):
         export.load_foreign("mu:bad.pt")
     assert not os.path.exists("ran")
+    os.mkdir("folder")
+    torch.save([1, 2], "folder/pytorch_model.bin")
+    with open("folder/config.json", "w") as f:
+        json.dump(dict(n_head=4, n_kv_head=2), f)
+    with pytest.raises(UserError, match="no model of the paper's code"):
+        export.load_foreign("mu:folder")
     torch.save(dict(weights={}), "other.pt")
     with pytest.raises(UserError, match="no model_state_dict"):
         export.load_foreign("mu:other.pt")
@@ -562,6 +581,7 @@ def test_out_through_the_script(tmp_path, text_file, monkeypatch, capsys):
     assert load_file("dec-hf/model.safetensors")["model.embed_tokens.weight"].dtype == torch.float16
     call(train.main, [*TINY_ENC, "--max_iters=3", f"--data={text_file}", "--out=enc"], monkeypatch, capsys)
     for words, said in ((["--run=enc", "--format=hf"], "no class of transformers computes what this encoder-decoder does"), (["--run=dec", "--format=hf", "--precision=int8"], "precisions fp32 and fp16"),
-                        (["--run=dec", "--format=run", "--out=x"], "--format=run is for weights of others"), (["--run=hf:m"], "become a run first"), (["--run=hf:m", "--format=run"], "needs --out")):
+                        (["--run=dec", "--format=run", "--out=x"], "--format=run is for weights of others"), (["--run=hf:m"], "become a run first"), (["--run=hf:m", "--format=run"], "needs --out"),
+                        (["--run=dec", "--format=hf", "--rows=3"], "--rows is for --format=onnx")):
         status, out, err = call(export.main, words, monkeypatch, capsys)
         assert status == 2 and said in one_line(err)
