@@ -457,6 +457,20 @@ def test_the_released_checkpoint_becomes_a_run(tmp_path, text_file, monkeypatch,
     assert status == 0, err
 
 
+@pytest.mark.slow
+def test_the_released_checkpoint_at_its_size(tmp_path, text_file, monkeypatch, capsys):
+    """20 + 10 layers, width 1024, bfloat16, as it was published but for what it knows: a run of it, and an int8 export whose greedy text is torch's."""
+    state = mu_state(n_enc=20, n_dec=10, n_embd=1024, head_dim=64, n_hidden=4096, vocab=32128)
+    torch.save(dict(model_state_dict={key: (tensor * (1 if tensor.ndim == 1 else 5 * tensor.shape[1] ** -0.5)).bfloat16() for key, tensor in state.items()}), "m.pt")
+    os.mkdir("t")
+    add_tokenizer("t", 300)
+    status, out, err = call(export.main, ["--run=mu:m.pt", "--format=run", "--out=run", "--tokenizer=t"], monkeypatch, capsys)
+    assert status == 0 and "332,0" in out, err
+    status, out, err = call(export.main, ["--run=run", "--precision=int8", f"--data={text_file}", "--rows=2", "--new=16"], monkeypatch, capsys)
+    assert status == 0, err
+    print(out)
+
+
 def test_checkpoints_that_are_refused(tmp_path):
     class Code:
         def __reduce__(self):

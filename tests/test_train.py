@@ -280,7 +280,7 @@ def test_starting_from_the_weights_of_a_run(run_train):
     status, _, err = run_train("--init_from=resume", "--out=b", "--max_iters=4", base=[])
     assert status == 0, err
     os.rename("moved", "a")
-    for argv, says in ((["--arch=dec"], "encdec run"), (["--n_embd=64"], "n_embd"), (["--tokenizer=bpe", "--vocab_size=600"], "")):
+    for argv, says in ((["--arch=dec"], "is an encoder-decoder"), (["--n_embd=64"], "n_embd"), (["--tokenizer=bpe", "--vocab_size=600"], "")):
         status, _, err = run_train(*argv, "--out=c", base=small)
         assert (status == 2 and says in one_line(err)) if says else status == 0
 
