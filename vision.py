@@ -1,7 +1,7 @@
 """Pictures for the language model: a vision tower, a projector, and the training of both.
 
     python vision.py                                                 ten minutes on two cores: says what shapes are in a picture
-    python vision.py --data=charts --image_size=160 --patch=10 --grid=0 --batch_size=10 --max_minutes=20      questions about bar charts
+    python vision.py --data=charts --image_size=160 --patch=16 --grid=0 --batch_size=3 --lr=1.5e-3 --max_minutes=20      questions about bar charts
     python vision.py --data=docs --image_size=48 --patch=8 --grid=6  reads lines of text, cut into tiles
     python vision.py --arch=dec                                      the decoder-only rival: no encoder between the pictures and the answer
     python vision.py --stage=align --init_from=RUN --vision=hf:openai/clip-vit-large-patch14-336 --data=llava-pretrain

@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
 
 shapes='--patch=16 --batch_size=5 --eval_rows=200 --compile=true'
-charts='--image_size=160 --patch=10 --grid=0 --batch_size=10 --eval_rows=200 --compile=true'
+charts='--image_size=160 --patch=16 --grid=0 --batch_size=3 --lr=1.5e-3 --eval_rows=300 --compile=true'
 $python bench.py compare --data=shapes --archs=dec,2/3 --seeds=3 --max_minutes=6 --threads=1 --train="$shapes" --eval_split=test --results=assets/vision-shapes.jsonl "$@"
 $python bench.py compare --data=charts --archs=dec,2/3 --seeds=1 --max_minutes=20 --threads=1 --train="$charts" --eval_split=test --results=assets/vision-charts.jsonl "$@"
 
