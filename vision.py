@@ -1,7 +1,8 @@
 """Pictures for the language model: a vision tower, a projector, and the training of both.
 
     python vision.py                                                 ten minutes on two cores: says what shapes are in a picture
-    python vision.py --data=charts --image_size=160 --patch=16 --grid=0 --batch_size=3 --lr=1.5e-3 --max_minutes=20      questions about bar charts
+    python vision.py --stage=ocr --data=tables --image_size=160 --patch=40 --grid=0 --batch_size=4 --lr=4e-3 --max_minutes=8 --out=out/tables     reads bar charts
+    python vision.py --data=charts --init_from=out/tables --batch_size=4 --lr=4e-3 --max_minutes=12                   ... and then answers questions about them
     python vision.py --data=docs --image_size=48 --patch=8 --grid=6  reads lines of text, cut into tiles
     python vision.py --arch=dec                                      the decoder-only rival: no encoder between the pictures and the answer
     python vision.py --stage=align --init_from=RUN --vision=hf:openai/clip-vit-large-patch14-336 --data=llava-pretrain
@@ -56,7 +57,7 @@ TOWERS = {
 @dataclass
 class Settings(train.Settings):
     stage: str = setting("task", "what is trained, and on what the paper trains it: see above", ("align", "ocr", "instruct", "task"))
-    data: str = setting("shapes", "shapes, docs, charts (drawn on the spot), a data set of the paper (" + ", ".join(name for name in TASKS if TASKS[name].hub) + "), TASK:PATH, "
+    data: str = setting("shapes", "shapes, docs, charts, tables (drawn on the spot), a data set of the paper (" + ", ".join(name for name in TASKS if TASKS[name].hub) + "), TASK:PATH, "
                         "or a file with the columns image, source, target")
     vision: str = setting("tiny", f"the tower: {', '.join(TOWERS)} (from nothing), or hf:FOLDER_OR_ID, CLIP's or SigLIP's weights; with --init_from a run with pictures, that run's")
     image_size: int = setting(None, "side of the tower's input in pixels; default: the tower's", type=int)
@@ -344,7 +345,8 @@ class Seeing(Finetuning):
     def make_tokenizer(self, rows):
         if self.cfg.tokenizer != "bpe":
             return load_tokenizer(self.cfg.tokenizer)
-        return train_pair_tokenizer([dict(row, source=row["source"].replace(IMAGE, "")) for row in rows], self.cfg.vocab_size)
+        texts = [dict(source=row["source"].replace(IMAGE, ""), target=row["target"]) for row in rows] + [dict(source=text.replace(IMAGE, ""), target="") for text in self.task.others]
+        return train_pair_tokenizer(texts, self.cfg.vocab_size)
 
     def make_pairs(self, rows):
         return PicturePairs(rows, self.tokenizer, self.cfg.src_len, self.cfg.tgt_len, self.cfg.arch == "dec", self.vision, self.cfg.skip_bad, self.say)

@@ -3,7 +3,7 @@
 A row is a dict with `source`, in which every <image> stands for a picture, `target`, `images` (what `load` opens: a path, bytes, a drawing of
 data/pictures.py, a place in a data set), and where a question has several right answers `answers`.
 
-`--data` names a built-in task (shapes, docs, charts: drawn on the spot), a data set of the paper from the Hub, TASK:PATH (a local copy with the same
+`--data` names a built-in task (shapes, docs, charts, tables: drawn on the spot), a data set of the paper from the Hub, TASK:PATH (a local copy with the same
 columns), or a .jsonl, .csv or .parquet file with the columns image, source and target.
 """
 import json
@@ -20,7 +20,7 @@ from data.cli import UserError
 from data.corpus import open_rows, split_files
 from data.images import layout, n_tokens, open_image, prepare_image, size_by_header
 from data.pairs import IMAGE, Pairs, encode_sources
-from data.pictures import Drawn, draw_charts_once, picture_rows
+from data.pictures import READINGS, Drawn, draw_charts_once, picture_rows
 from data.tasks import Task, hold_out, json_lines, rows_of
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -83,15 +83,17 @@ def of_regions(record):
 
 @dataclass
 class PictureTask(Task):
-    drawn: str | None = None        # of data/pictures.py
+    drawn: bool = False             # by data/pictures.py
+    others: tuple = ()              # texts that the vocabulary should know, too
     config: str | None = None       # of the Hub data set
     join: tuple | None = None       # (configuration with the pictures, its key, our key): the Hub keeps them apart
 
 
 TASKS = {
-    "shapes": PictureTask("shapes on a ground -> what is there", metrics.score_exact, drawn="shapes"),
-    "docs": PictureTask("a line or two of text -> the text", metrics.score_reading, drawn="docs"),
-    "charts": PictureTask("a bar chart and a question -> a value, a name, a colour", metrics.score_relaxed, drawn="charts"),
+    "shapes": PictureTask("shapes on a ground -> what is there", metrics.score_exact, drawn=True),
+    "docs": PictureTask("a line or two of text -> the text", metrics.score_reading, drawn=True),
+    "charts": PictureTask("a bar chart and a question -> a value, a name, a colour", metrics.score_relaxed, drawn=True),
+    "tables": PictureTask("a bar chart -> all that it shows (stage ocr, before charts)", metrics.score_reading, drawn=True),
     "llava-pretrain": PictureTask("a picture -> its caption (stage align)", metrics.score_reading, "liuhaotian/LLaVA-Pretrain", read=of_conversation),
     "llava-instruct": PictureTask("a picture and a question -> an answer (stage instruct)", metrics.score_reading, "liuhaotian/LLaVA-Instruct-150K", read=of_conversation),
     "ureader": PictureTask("documents and questions (stage ocr)", metrics.score_anls, "Mizukiluke/ureader-instruction-1.0", read=of_conversation),
@@ -250,8 +252,10 @@ def load_picture_task(name, skip_bad=False, log=print):
         if path:
             raise UserError(f"--data={name}: {kind} is drawn on the spot and takes no path")
         task.splits = picture_rows(kind)
-        if kind == "charts":
+        if kind == "charts" or READINGS.get(kind) == "charts":
             draw_charts_once()
+        if kind == "tables":
+            task.others = tuple(row["source"] for row in picture_rows("charts", (500, 0, 0))["train"])
         return task
     if path and not os.path.exists(path) and (kind != "pictures" or path.count("/") != 1 or path[0] in "./~" or os.path.splitext(path)[1]):
         raise UserError(f"--data={name}: no such file or folder, and no task with pictures ({', '.join(TASKS)})")

@@ -3,6 +3,7 @@
     shapes    one or two groups of shapes -> what they are: "three red circles at the top left, one blue star in the middle"
     docs      lines of made-up words in many fonts and noises, as SynDoG draws them -> the text
     charts    a bar chart, drawn by matplotlib, and questions as ChartQA's -> a value, the largest bar, a difference, a colour, the title; in training, all of it, too
+    tables    the same charts -> all that they show: colours, names, values, title. To begin with: from single answers alone, reading is not learnt in minutes
 
 Everything about a picture follows from (kind, split, number). What it says (its caption, its text, a chart's title) falls by a hash into the training or a held-out
 split, and is drawn again until it falls into the right one: no caption, text or title that is held out was ever seen in training. Single words are.
@@ -136,7 +137,7 @@ def draw_docs(rng, lines):
 # charts
 
 WHAT = ("Sales", "Rain", "Visitors", "Exports", "Trees", "Votes", "Births", "Goals", "Books", "Cars", "Flights", "Ships")
-BY = ("city", "month", "team", "farm", "school", "river", "port", "street")
+BY = ("city", "month", "team", "farm", "school", "river", "port", "street", "year", "region", "shop", "age")
 LABELS = ("Oslo", "Rome", "Lima", "Cork", "Kyiv", "Pisa", "Jan", "Apr", "May", "Sep", "North", "West", "Ants", "Cats", "Dogs", "Elks")
 BARS = dict(red="#d62728", blue="#1f77b4", green="#2ca02c", orange="#ff7f0e", purple="#9467bd", brown="#8c564b", pink="#e377c2", grey="#7f7f7f")
 
@@ -162,6 +163,12 @@ def questions_of(title, labels, values, colours):
     return found
 
 
+def table_of(title, labels, values, colours):
+    """All that a chart shows. The bars are numbered: to count them while they are listed takes longer to learn than to read them."""
+    lists = (" ".join(f"{i} {what}" for i, what in enumerate(found, 1)) for found in (colours, labels, values))
+    return "; ".join((*lists, title))
+
+
 @functools.lru_cache(maxsize=1)
 def canvas(size):
     """matplotlib's figure and its surface, made once: a new one a chart would take twice as long."""
@@ -177,8 +184,9 @@ def draw_charts(rng, title, labels, values, colours, size=160):
     axes = figure.add_axes((0.19, 0.13, 0.78, 0.73))
     bars = axes.bar(range(len(labels)), values, width=rng.uniform(0.5, 0.85), color=[BARS[colour] for colour in colours])
     axes.set_xticks(range(len(labels)), labels, fontsize=8)
+    axes.set_xlim(-0.5, len(labels) - 0.5)  # names at the same places, whatever the width of the bars
     axes.tick_params(axis="y", labelsize=7)
-    axes.set_title(title, fontsize=9, pad=4)
+    axes.set_title(title, fontsize=9, pad=4, loc="left")
     axes.margins(y=0.15)
     axes.bar_label(bars, fontsize=8, padding=1)
     if rng.random() < 0.3:
@@ -193,9 +201,10 @@ def draw_charts(rng, title, labels, values, colours, size=160):
 # As rows of a task
 
 PLANS = dict(shapes=plan_shapes, docs=plan_docs, charts=plan_charts)
+READINGS = dict(tables="charts")  # kinds that share another's pictures
 SIZES = dict(shapes=(200_000, 1000, 1000), docs=(100_000, 500, 500), charts=(12_000, 250, 250))  # pictures of train, val and test
 QUESTIONS = 8  # of a chart
-WHOLE = 6      # how often a chart that is trained on is to be read whole, too: from single answers alone, reading is not learnt in minutes
+WHOLE = 2      # how often a chart that is trained on is to be read whole, too
 
 
 @dataclass(frozen=True)
@@ -220,13 +229,16 @@ class Drawn:
 
 def picture_rows(kind, sizes=None):
     """split -> rows with source, target and images."""
-    sizes = sizes or SIZES[kind]
+    sizes = sizes or SIZES[READINGS.get(kind, kind)]
     return {split: [row for number in range(n) for row in rows_of_picture(kind, split, number)] for split, n in zip(SPLITS, sizes)}
 
 
 def rows_of_picture(kind, split, number):
-    _, plan = drawn_from(kind, split, number, PLANS[kind])
-    images = [Drawn(kind, split, number)]
+    drawn = READINGS.get(kind, kind)
+    _, plan = drawn_from(drawn, split, number, PLANS[drawn])
+    images = [Drawn(drawn, split, number)]
+    if kind == "tables":
+        return [dict(source="<image>What does it show?", target=table_of(*plan), images=images)]
     if kind != "charts":
         return [dict(source="<image>" + {"shapes": "What is there?", "docs": "Read it."}[kind], target=plan[0], images=images)]
     asked = random.Random(f"questions {split} {number}")
@@ -239,9 +251,7 @@ def rows_of_picture(kind, split, number):
         if kinds[what]:
             question, answer = kinds[what].pop(asked.randrange(len(kinds[what])))
             rows.append(dict(source=f"<image>{question}", target=answer, images=images, kind=what))
-    title, labels, values, colours = plan
-    whole = "; ".join((", ".join(colours), ", ".join(labels), ", ".join(map(str, values)), title))  # what is easiest to see comes first
-    return rows + [dict(source="<image>What does it show?", target=whole, images=images, kind="whole")] * (WHOLE if split == "train" else 0)
+    return rows + rows_of_picture("tables", split, number) * (WHOLE if split == "train" else 0)
 
 
 class Store:
