@@ -844,7 +844,17 @@ def score_task(model, tokenizer, task, settings, cfg, world, vision=None):
         plot_answers(pairs, texts, cfg.plot)
     if vision:
         found["blank"] = blind_score(model, task, pairs, every, settings.tgt_len, cfg.batch_size, world)
+        found |= dict(picture_tokens=statistics.mean(map(sum, pairs.n_tokens)), first_ms=1e3 * first_token(model, pairs, evenly(len(rows), 30), world))
     return found
+
+
+@torch.inference_mode()
+def first_token(model, pairs, rows, world):
+    """Median seconds from a row's pictures as they lie on disk to the first token of its answer, a row at a time."""
+    def start(row):
+        with world.precision():
+            model.prefill([pairs.prompt(row)], 1, **pairs.shown(model, [row]))
+    return statistics.median(seconds(lambda: start(row), world.device, 1)[0] for row in rows)
 
 
 def plot_answers(pairs, texts, path, each=5):

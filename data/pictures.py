@@ -2,7 +2,7 @@
 
     shapes    one or two groups of shapes -> what they are: "three red circles at the top left, one blue star in the middle"
     docs      lines of made-up words in many fonts and noises, as SynDoG draws them -> the text
-    charts    a bar chart, drawn by matplotlib, and questions as ChartQA's -> a value, the largest bar, a difference, a colour, the title; in training, all of it, too
+    charts    a bar chart, drawn by matplotlib, and questions as ChartQA's -> a value, the largest bar, a difference, a colour, the title
     tables    the same charts -> all that they show: colours, names, values, title. To begin with: from single answers alone, reading is not learnt in minutes
 
 Everything about a picture follows from (kind, split, number). What it says (its caption, its text, a chart's title) falls by a hash into the training or a held-out
@@ -204,7 +204,6 @@ PLANS = dict(shapes=plan_shapes, docs=plan_docs, charts=plan_charts)
 READINGS = dict(tables="charts")  # kinds that share another's pictures
 SIZES = dict(shapes=(200_000, 1000, 1000), docs=(100_000, 500, 500), charts=(12_000, 250, 250))  # pictures of train, val and test
 QUESTIONS = 8  # of a chart
-WHOLE = 2      # how often a chart that is trained on is to be read whole, too
 
 
 @dataclass(frozen=True)
@@ -251,7 +250,7 @@ def rows_of_picture(kind, split, number):
         if kinds[what]:
             question, answer = kinds[what].pop(asked.randrange(len(kinds[what])))
             rows.append(dict(source=f"<image>{question}", target=answer, images=images, kind=what))
-    return rows + rows_of_picture("tables", split, number) * (WHOLE if split == "train" else 0)
+    return rows
 
 
 class Store:
