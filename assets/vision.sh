@@ -15,7 +15,7 @@ for arch in dec 23; do
         --compile=true --out=out/tables-$arch "$@"
 done
 charts='--init_from=out/tables-{arch} --batch_size=4 --lr=4e-3 --eval_rows=300 --compile=true'
-$python bench.py compare --data=charts --archs=dec,2/3 --seeds=1 --max_minutes=20 --threads=1 --train="$charts" --eval_split=test --results=assets/vision-charts.jsonl "$@"
+$python bench.py compare --data=charts --archs=dec,2/3 --seeds=1 --max_minutes=18 --threads=1 --train="$charts" --eval_split=test --results=assets/vision-charts.jsonl "$@"
 
 # The paper's table 3, on charts cut into four tiles. All start from the same run, which has read charts with every token.
 [ -e out/tables-tiles/model.safetensors ] || $python vision.py --stage=ocr --data=tables --image_size=80 --patch=40 --grid=2 --batch_size=4 --lr=4e-3 --max_minutes=8 --threads=1 --eval_rows=120 \

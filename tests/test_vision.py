@@ -362,6 +362,13 @@ def test_charts_have_the_answers_to_their_questions():
     assert kinds == {"title", "largest", "value", "colour", "difference"}
 
 
+def test_tables_are_the_charts_and_know_the_questions_words():
+    task = picture_tasks.load_picture_task("tables")
+    assert {split: len(rows) for split, rows in task.splits.items()} == dict(train=4, val=2, test=2) and task.splits["val"][1]["images"] == [Drawn("charts", "val", 1)]
+    assert {"What is the title?", "Which bar is the largest?"} <= {text.removeprefix("<image>") for text in task.others}
+    assert picture_tasks.load_picture_task("charts").others == ()
+
+
 def test_own_data_with_pictures(tmp_path):
     for n in range(40):
         noise(20 + n, 20, n).save(tmp_path / f"{n}.png")
@@ -468,7 +475,9 @@ def test_every_kind_trains_answers_exports(tmp_path, monkeypatch, capsys, words)
     assert status == 0, err
     assert Image.open("kept.png").size == tuple(layout(50, 40, model.vision).drawn)
     status, _, err = call(bench.main, ["quality", "--run=run", "--json=q.json", "--eval_rows=4", "--plot=q.png"], monkeypatch, capsys)
-    assert status == 0 and "blank" in json.load(open("q.json"))["rows"][0] and os.path.exists("q.png"), err
+    assert status == 0 and os.path.exists("q.png"), err
+    row = json.load(open("q.json"))["rows"][0]
+    assert 0 <= row["blank"] <= 100 and row["picture_tokens"] > 0 and row["first_ms"] > 0
     status, _, err = call(export.main, ["--run=run", "--out=onnx", "--rows=3", "--new=4"], monkeypatch, capsys)
     if model.config.look != "none":
         assert status == 2 and "--look" in one_line(err)
