@@ -21,7 +21,7 @@ $python bench.py compare --data=charts --archs=dec,2/3 --seeds=1 --max_minutes=1
 [ -e out/tables-tiles/model.safetensors ] || $python vision.py --stage=ocr --data=tables --image_size=80 --patch=40 --grid=2 --batch_size=4 --lr=4e-3 --max_minutes=8 --threads=1 --eval_rows=120 \
     --compile=true --out=out/tables-tiles "$@"
 tiles='--stage=ocr --init_from=out/tables-tiles --batch_size=4 --lr=4e-3 --eval_rows=100 --compile=true'
-for way in '' ' --look=encoder' ' --look=decoder' ' --tokens=variance' ' --tokens=variance --variance_of=features' ' --tokens=learned' ' --tokens=concat --keep=0.5'; do
+for way in '' ' --look=encoder' ' --look=decoder' ' --tokens=variance' ' --tokens=learned' ' --tokens=concat --keep=0.5'; do
     $python bench.py compare --data=tables --archs=2/3 --seeds=1 --max_minutes=3 --threads=1 --train="$tiles$way" --eval_split=test --results=assets/vision-tiles.jsonl "$@"
 done
 
