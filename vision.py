@@ -345,7 +345,7 @@ class Seeing(Finetuning):
     def make_tokenizer(self, rows):
         if self.cfg.tokenizer != "bpe":
             return load_tokenizer(self.cfg.tokenizer)
-        texts = [dict(source=row["source"].replace(IMAGE, ""), target=row["target"]) for row in rows] + [dict(source=text.replace(IMAGE, ""), target="") for text in self.task.others]
+        texts = [dict(source=row["source"].replace(IMAGE, ""), target=row["target"]) for row in rows] + [dict(source=text, target="") for text in self.task.others]
         return train_pair_tokenizer(texts, self.cfg.vocab_size)
 
     def make_pairs(self, rows):

@@ -252,10 +252,10 @@ def load_picture_task(name, skip_bad=False, log=print):
         if path:
             raise UserError(f"--data={name}: {kind} is drawn on the spot and takes no path")
         task.splits = picture_rows(kind)
-        if kind == "charts" or READINGS.get(kind) == "charts":
+        if READINGS.get(kind, kind) == "charts":
             draw_charts_once()
         if kind == "tables":
-            task.others = tuple(row["source"] for row in picture_rows("charts", (500, 0, 0))["train"])
+            task.others = tuple(row["source"].removeprefix(IMAGE) for row in picture_rows("charts", (500, 0, 0))["train"])
         return task
     if path and not os.path.exists(path) and (kind != "pictures" or path.count("/") != 1 or path[0] in "./~" or os.path.splitext(path)[1]):
         raise UserError(f"--data={name}: no such file or folder, and no task with pictures ({', '.join(TASKS)})")
