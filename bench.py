@@ -60,7 +60,7 @@ from data.tasks import is_task, load_task
 from data.tokenizer import Tokenizer, load_tokenizer
 from model import PRESETS, Config, Transformer, count_params, make_config
 from train import Settings as TrainSettings
-from train import Finetuning, World, answers, eval_starts, evenly, held_out, keep_memory, loss_of, make_optimizers, pair_losses, resolve
+from train import Finetuning, World, answers, eval_starts, evenly, held_out, keep_memory, loss_of, make_optimizers, matmul_rate, pair_losses, resolve
 from vision import TOWERS, VisionLM, blind_score, load_model
 
 ARCHS = ("dec", "1/3", "1/2", "2/3")
@@ -264,7 +264,7 @@ def train_of(cfg, engine, dtype, batch):
                 src=cfg.src, new=cfg.new, params_m=round(sum(p.numel() for p in model.parameters()) / 1e6, 2),
                 compiled=engine != "t5" and world.compile, step_ms=round(typical * 1e3, 1), spread_ms=round((times[-1] - times[0]) * 1e3, 1),
                 tok_s=round(batch * passes * (cfg.src + cfg.new) / typical), gflop_s=round(flops / typical / 1e9),
-                mfu=round(flops / typical / world.rate(), 3), peak_mb=peak_memory(world.device))
+                mfu=round(flops / typical / matmul_rate(world.device, world.dtype), 3), peak_mb=peak_memory(world.device))
 
 
 def train_step(model, engine, config, settings, world, cfg, batch):
@@ -525,7 +525,7 @@ def prompt_flops(config, src):
 
 def product_rate(engine, world):
     world.dtype = torch.float32 if engine == "onnx-fp32" else torch.float16 if engine == "onnx-fp16" else world.dtype
-    return world.rate()
+    return matmul_rate(world.device, world.dtype)
 
 
 def int8_rate(threads):

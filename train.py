@@ -179,8 +179,11 @@ class Muon(torch.optim.Optimizer):
     optimizer, section 3.3). Not for embeddings, gains and biases. Query, key and value projections are separate
     matrices in this model, so each is orthogonalized by itself.
 
-    Matrices of equal shape, a transposed one included, are stacked and iterated on at once. The learning rate follows
+    Matrices of equal shape, a transposed one included, are stacked and iterated on at once, up to STACK numbers: what
+    the iteration needs besides is a few times that, whatever the model's size. The learning rate follows
     `match_rms_adamw` (Liu et al., 2025): times 0.2 sqrt(max(rows, columns)), which gives the update the size of AdamW's."""
+
+    STACK = 2**26
 
     def __init__(self, params, lr, momentum=0.95, weight_decay=0.1, dtype=torch.float32):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
@@ -194,7 +197,9 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     stacks.setdefault((min(p.shape), max(p.shape)), []).append(p)
             for shape, params in stacks.items():
-                self.update(params, shape, group)
+                at_once = max(1, self.STACK // (shape[0] * shape[1]))
+                for i in range(0, len(params), at_once):
+                    self.update(params[i:i + at_once], shape, group)
 
     def update(self, params, shape, group):
         lr, momentum = group["lr"], group["momentum"]
@@ -328,20 +333,22 @@ class World:
         for p, part in zip(params, flat.split([g.numel() for g in grads])):
             p.grad = part.view_as(p)
 
-    def rate(self):
-        """What the device's matrix products reach, FLOP/s: the makers' figure for known GPUs, else measured here."""
-        known = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "3090": 71e12, "A6000": 155e12}
-        if self.device.type == "cuda" and self.dtype == torch.bfloat16:
-            name = torch.cuda.get_device_name(self.device)
-            if found := [rate for part, rate in known.items() if part in name]:
-                return found[0]
-        a = torch.randn(2048, 2048, device=self.device, dtype=self.dtype)
-        best = math.inf
-        for _ in range(4):
-            start = time.perf_counter()
-            (a @ a)[0, 0].item()  # .item() waits for the device
-            best = min(best, time.perf_counter() - start)
-        return 2 * 2048 ** 3 / best
+
+@functools.cache
+def matmul_rate(device, dtype):
+    """What the device's matrix products reach, FLOP/s: the makers' figure for known GPUs, else measured here."""
+    known = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "3090": 71e12, "A6000": 155e12}
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        name = torch.cuda.get_device_name(device)
+        if found := [rate for part, rate in known.items() if part in name]:
+            return found[0]
+    a = torch.randn(2048, 2048, device=device, dtype=dtype)
+    best = math.inf
+    for _ in range(4):
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()  # .item() waits for the device
+        best = min(best, time.perf_counter() - start)
+    return 2 * 2048 ** 3 / best
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -465,7 +472,7 @@ def run(model, batch_at, loss_of, evaluate, cfg, world, flops_per_token, best=No
                 loss_of(model, batch_at(step, np.arange(cfg.batch_size)))[0].backward()
         model.zero_grad(set_to_none=True)
     log = Log(cfg.out, state["step"]) if world.rank == 0 else None
-    params, rate = [p for p in model.parameters() if p.requires_grad], world.rate()
+    params, rate = [p for p in model.parameters() if p.requires_grad], matmul_rate(world.device, world.dtype)
 
     def batches(step):
         first = np.arange(cfg.grad_accum) * world.size + world.rank

@@ -13,6 +13,7 @@ import torch
 
 import data.cli
 import data.corpus
+import data.runs
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
@@ -29,6 +30,13 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(data.corpus, "CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("NANOENCDEC_CACHE", str(tmp_path / "cache"))  # for processes that a test starts
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def few_plots(monkeypatch):
+    """loss.png once a folder: drawing takes longer than the training of these runs."""
+    draw = data.runs.Log.plot
+    monkeypatch.setattr(data.runs.Log, "plot", lambda self, metric=None: os.path.exists(self.path.replace("log.jsonl", "loss.png")) or draw(self, metric))
 
 
 @pytest.fixture
