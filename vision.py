@@ -2,7 +2,7 @@
 
     python vision.py                                                 ten minutes on two cores: says what shapes are in a picture
     python vision.py --stage=ocr --data=tables --image_size=160 --patch=40 --grid=0 --batch_size=4 --lr=4e-3 --max_minutes=8 --out=out/tables     reads bar charts
-    python vision.py --data=charts --init_from=out/tables --batch_size=4 --lr=4e-3 --max_minutes=18                   ... and then answers questions about them
+    python vision.py --data=charts --init_from=out/tables --batch_size=4 --lr=4e-3 --max_minutes=12                   ... and then answers questions about them
     python vision.py --data=docs --image_size=48 --patch=8 --grid=6  reads lines of text, cut into tiles
     python vision.py --arch=dec                                      the decoder-only rival: no encoder between the pictures and the answer
     python vision.py --stage=align --init_from=RUN --vision=hf:openai/clip-vit-large-patch14-336 --data=llava-pretrain

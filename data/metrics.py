@@ -150,6 +150,11 @@ def score_relaxed(predictions, rows):
                 **{f"relaxed_{kind}": mean(r for r, row in zip(right, rows) if row.get("kind") == kind) for kind in kinds})
 
 
+def score_worked(predictions, rows):
+    """score_relaxed of what stands after the last "=", where there is one."""
+    return score_relaxed([text.rpartition("=")[2].strip() for text in predictions], [row | dict(target=row["target"].rpartition("=")[2].strip()) for row in rows])
+
+
 CONTRACTIONS = {word.replace("'", ""): word for word in (
     "ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's i'd i'm i've isn't it'd it'll let's ma'am might've "
     "mightn't must've mustn't needn't not've o'clock oughtn't shan't she's should've shouldn't somebody's someone's something's that'd that's there'd there're there's "

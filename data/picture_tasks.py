@@ -92,7 +92,7 @@ class PictureTask(Task):
 TASKS = {
     "shapes": PictureTask("shapes on a ground -> what is there", metrics.score_exact, drawn=True),
     "docs": PictureTask("a line or two of text -> the text", metrics.score_reading, drawn=True),
-    "charts": PictureTask("a bar chart and a question -> a value, a name, a colour", metrics.score_relaxed, drawn=True),
+    "charts": PictureTask("a bar chart and a question -> a value, a name, a colour", metrics.score_worked, drawn=True),
     "tables": PictureTask("a bar chart -> all that it shows (stage ocr, before charts)", metrics.score_reading, drawn=True),
     "llava-pretrain": PictureTask("a picture -> its caption (stage align)", metrics.score_reading, "liuhaotian/LLaVA-Pretrain", read=of_conversation),
     "llava-instruct": PictureTask("a picture and a question -> an answer (stage instruct)", metrics.score_reading, "liuhaotian/LLaVA-Instruct-150K", read=of_conversation),
@@ -255,7 +255,7 @@ def load_picture_task(name, skip_bad=False, log=print):
         if READINGS.get(kind, kind) == "charts":
             draw_charts_once()
         if kind == "tables":
-            task.others = tuple(row["source"].removeprefix(IMAGE) for row in picture_rows("charts", (500, 0, 0))["train"])
+            task.others = tuple(text for row in picture_rows("charts", (500, 0, 0))["train"] for text in (row["source"].removeprefix(IMAGE), row["target"]))
         return task
     if path and not os.path.exists(path) and (kind != "pictures" or path.count("/") != 1 or path[0] in "./~" or os.path.splitext(path)[1]):
         raise UserError(f"--data={name}: no such file or folder, and no task with pictures ({', '.join(TASKS)})")

@@ -356,9 +356,19 @@ def test_charts_have_the_answers_to_their_questions():
         for row in rows_of_picture("charts", "val", number):
             kinds.add(row["kind"])
             named = [label for label in labels if f" {label}" in row["source"]]
+            answer = row["target"].rpartition("=")[2].strip()
             expected = dict(title=lambda: title, largest=lambda: labels[values.index(max(values))], value=lambda: str(values[labels.index(named[0])]),
                             colour=lambda: colours[labels.index(named[0])], difference=lambda: str(abs(values[labels.index(named[0])] - values[labels.index(named[1])])))
-            assert row["target"] == expected[row["kind"]]()
+            assert answer == expected[row["kind"]]()
+            if named:
+                what = colours if row["kind"] == "colour" else values
+                counted, _, last = row["target"].partition("; ")
+                counted = [part.split(" = ") for part in counted.split(", ")]
+                assert [part[0] for part in counted] == labels[:len(counted)] and counted[-1][0] in named
+                assert {part[0]: part[1] for part in counted if len(part) == 2} == {label: str(what[labels.index(label)]) for label in named}
+                assert not last if len(named) == 1 else eval(last.replace("=", "=="))
+            wrong = row["target"].replace(answer, "x", row["target"].count(answer) - 1)  # what is written before the answer does not count
+            assert metrics.score_worked([wrong, "x = y"], [row, row])["relaxed"] == 50
     assert kinds == {"title", "largest", "value", "colour", "difference"}
 
 
