@@ -12,7 +12,7 @@
     python bench.py compare --data=TASK       trains and scores decoder-only and the three splits, seed by seed; --teacher=RUN: distilled, too
     python bench.py distill --data=TASK --teacher=RUN      the ablation: share and kind of the divergence, whose answers, sizes of students
 
-`python bench.py COMMAND --help` lists a command's keys. Speeds are medians after a warm-up. A machine's speed drifts: compare rows of one sitting, as ratios.
+`python bench.py COMMAND --help` lists a command's keys. Speeds are means (`speed`; its medians are in --json) or medians after a warm-up. A machine's speed drifts: compare rows of one sitting, as ratios.
 """
 import contextlib
 import functools
@@ -87,7 +87,7 @@ class Train:
 class Speed:
     preset: str = setting("330m", "size", tuple(PRESETS))
     archs: str = setting("dec,2/3", "decoder-only and splits of the encoder-decoder, separated by commas, or all")
-    shape: str = setting("", "changes of the preset, as keys of train.py: 'n_enc=20 n_dec=10 n_embd=1024 n_hidden=2816'")
+    shape: str = setting("", "changes of the preset, as keys of train.py: 'n_enc=20 n_dec=10 n_embd=1024 n_hidden=2816', with --archs=2/3")
     engine: str = setting("torch,onnx-fp32,onnx-int8,onnx-int4", "some of torch, compiled (what reads the prompt by torch.compile), onnx-fp32, onnx-fp16, "
                           "onnx-int8, onnx-int4, nocache (torch, all read again at every step), t5 (Hugging Face's), separated by commas, or all")
     src: str = setting("512", "tokens in; several, separated by commas, are a sweep")
@@ -107,7 +107,7 @@ class Speed:
 class Cost:
     preset: str = setting("330m", "size", tuple(PRESETS))
     archs: str = setting("dec,1/3,1/2,2/3", "decoder-only and splits of the encoder-decoder, separated by commas, or all")
-    shape: str = setting("", "changes of the preset, as keys of train.py: 'n_enc=20 n_dec=10 n_embd=1024 n_hidden=2816'")
+    shape: str = setting("", "changes of the preset, as keys of train.py: 'n_enc=20 n_dec=10 n_embd=1024 n_hidden=2816', with --archs=2/3")
     src: int = setting(4096, "tokens in")
     new: int = setting(256, "tokens out")
     batch: int = setting(32, "memory: rows at once")
@@ -306,6 +306,8 @@ def config_of(cfg, arch):
             changes[name] = {"True": True, "False": False}[value.title()] if kinds[name] is bool else kinds[name](value)
         except (KeyError, ValueError):
             raise UserError(f"--shape: {word!r} is no field of model.Config with a value that it can have") from None
+    if {"n_enc", "n_dec", "n_hidden"} & changes.keys() and "," in cfg.archs:
+        raise UserError("--shape with n_enc, n_dec or n_hidden is one model, and others of its size are not known: say which kind it is, --archs=2/3 for example")
     if arch == "dec":
         changes.pop("n_enc", None)
         return make_config(cfg.preset, "dec", **changes)
@@ -466,7 +468,7 @@ def serve(run, clients, src, new, vocab, rng, seconds=20):
             taken.append(time.perf_counter() - start)
 
     run([[5] * src] * clients, 2)  # warms up
-    crowd = [threading.Thread(target=client, args=(int(seed),)) for seed in rng.integers(2 ** 31, size=clients)]
+    crowd = [threading.Thread(target=client, args=(int(seed),), daemon=True) for seed in rng.integers(2 ** 31, size=clients)]
     start = time.perf_counter()
     for thread in crowd:
         thread.start()
@@ -790,13 +792,14 @@ def bench_quality(cfg):
     if settings.objective != "seq2seq" and not is_choice(data) and cfg.eval_split != "val":
         raise UserError(f"--eval_split={cfg.eval_split}: text has only its held-out part, val")
     settings.device, settings.dtype, settings.threads, settings.eval_rows = cfg.device, cfg.dtype, cfg.threads, cfg.eval_rows
+    cfg.skip_bad = cfg.skip_bad or settings.skip_bad
     world = World(settings)
     vision = read_vision(cfg.run)
     model, tokenizer = load_model(cfg.run, device=world.device).eval(), load_tokenizer(cfg.run)
     start = time.perf_counter()
     if vision:
-        task = load_picture_task(data, cfg.skip_bad or settings.skip_bad)
-        if data != settings.data and os.path.isfile(data.partition(":")[2] or data):  # a file of its own: nothing was trained on it
+        task = load_picture_task(data, cfg.skip_bad)
+        if another_file(data, settings.data):
             task.splits[cfg.eval_split] = [row for rows in task.splits.values() for row in rows]
         found = score_task(model, tokenizer, task, settings, cfg, world, vision)
     elif is_choice(data):
@@ -810,14 +813,20 @@ def bench_quality(cfg):
     else:
         same = data.split(":")[0] == settings.data.split(":")[0]
         columns = (settings.source_col, settings.target_col) if same else (None, None)
-        task = load_task(data, cfg.source_col or columns[0], cfg.target_col or columns[1], cfg.skip_bad or settings.skip_bad)
-        if data != settings.data and os.path.isfile(data.partition(":")[2] or data):  # a file of its own: nothing was trained on it
+        task = load_task(data, cfg.source_col or columns[0], cfg.target_col or columns[1], cfg.skip_bad)
+        if another_file(data, settings.data):
             task.splits[cfg.eval_split] = [row for rows in task.splits.values() for row in rows]
         found = score_task(model, tokenizer, task, settings, cfg, world)
     row = dict(run=cfg.run, data=data, split=cfg.eval_split, seconds=round(time.perf_counter() - start, 1)) | {
         name: round(value, 4) for name, value in found.items()}
     table([row], list(row)[1:])
     return [row]
+
+
+def another_file(data, trained):
+    """Whether --data is a single file that the run was not trained on: all of its rows are held out then."""
+    path, old = (os.path.realpath(name.partition(":")[2] or name) for name in (data, trained))
+    return os.path.isfile(path) and path != old
 
 
 def score_task(model, tokenizer, task, settings, cfg, world, vision=None):
@@ -860,8 +869,9 @@ def first_token(model, pairs, rows, world):
 def plot_answers(pairs, texts, path, each=5):
     """The first pictures with right answers above the first with wrong ones."""
     plt = pyplot()
-    right = [row for row, text in enumerate(texts) if text == pairs.rows[row]["target"]]
-    wrong = [row for row, text in enumerate(texts) if text != pairs.rows[row]["target"]]
+    seen = [row for row in range(len(texts)) if pairs.rows[row]["images"]]
+    right = [row for row in seen if texts[row] == pairs.rows[row]["target"]]
+    wrong = [row for row in seen if texts[row] != pairs.rows[row]["target"]]
     figure, axes = plt.subplots(2, each, figsize=(2.6 * each, 7), squeeze=False)
     for line, rows in zip(axes, (right, wrong)):
         for axis in line:
@@ -970,7 +980,7 @@ def run_trials(cfg, trials):
     done, cut = read_results(cfg.results)
     for trial in tqdm(trials, desc="compare", unit="run"):
         if not any(matches(trial, row) for row in done):
-            done.append(compare_run(cfg, trial, os.path.splitext(cfg.results)[0]))
+            done.append(compare_run(cfg, trial, os.path.splitext(cfg.results)[0], done))
             with open(cfg.results, "a", encoding="utf-8") as f:
                 f.write("\n" * cut + json.dumps(done[-1]) + "\n")
             cut = False
@@ -1009,20 +1019,25 @@ def read_results(path):
     return rows, bool(lines) and not lines[-1].endswith("\n")
 
 
-def compare_run(cfg, trial, folder):
-    """Trains and scores one run; the row of the results file."""
+def compare_run(cfg, trial, folder, done):
+    """Trains and scores one run; the row of the results file. A run that was scored on another split is not trained again."""
     what = [trial["budget"], trial["train"]] + ([trial["teacher"], trial["distill"]] if trial["distill"] is not None else [])
     mark = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:4]
     short = trial["arch"].replace("/", "")
     out = os.path.join(folder, f"{trial['preset']}-{short}-{trial['seed']}-{mark}")
-    shutil.rmtree(out, ignore_errors=True)  # of a sweep that was cut off
+    twin = next((row for row in done if matches(trial | dict(split=row["split"]), row)), None)
+    trained = twin and os.path.exists(os.path.join(out, "run.json"))
+    if not trained:
+        shutil.rmtree(out, ignore_errors=True)  # of a sweep that was cut off
     arch = ["--arch=dec"] if trial["arch"] == "dec" else ["--arch=encdec", f"--split={trial['arch']}"]
     common = [f"--device={cfg.device}", f"--threads={cfg.threads}"]
     more = shlex.split(cfg.train.replace("{arch}", short).replace("{seed}", str(trial["seed"])))
     seeing = is_picture_task(cfg.data)
     words = [*arch, f"--preset={trial['preset']}", f"--seed={trial['seed']}", f"--data={cfg.data}", *([] if seeing else ["--objective=seq2seq"]), f"--out={out}", *common, *more]
     words.append(f"--max_minutes={cfg.max_minutes}" if cfg.equal == "time" else f"--max_iters={equal_steps(cfg, words)}")
-    if trial["distill"] is None:
+    if trained:
+        pass
+    elif trial["distill"] is None:
         call([os.path.join(ROOT, "vision.py" if seeing else "train.py"), *words])
     else:
         call([os.path.join(ROOT, "distill.py"), *distill_words(words), f"--teacher={cfg.teacher}", *shlex.split(trial["distill"])])
@@ -1036,7 +1051,7 @@ def compare_run(cfg, trial, folder):
     scores = {key: value for key, value in scores.items() if key not in ("run", "data", "split", "seconds")}
     metric = next(key for key in scores if key != "rows")
     return trial | dict(metric=metric, params_m=round(params / 1e6, 3), train_s=log[-1]["time_s"], tokens_m=log[-1]["tokens"] / 1e6,
-                        **({} if trial["distill"] is None else dict(teacher_s=round(read_record(out)["teacher_s"], 1))), steps=log[-1]["step"], commit=commit()) | scores
+                        **({} if trial["distill"] is None else dict(teacher_s=round(read_record(out)["teacher_s"], 1))), steps=log[-1]["step"], commit=twin["commit"] if trained else commit()) | scores
 
 
 def distill_words(words):
@@ -1113,7 +1128,7 @@ def machine(threads):
         with open("/proc/cpuinfo", encoding="utf-8") as f:
             name = next((line.split(":")[1].strip() for line in f if line.startswith("model name")), name)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return dict(cpu=name, cores=os.cpu_count(), threads=torch.get_num_threads(), gpu=gpu, torch=torch.__version__, python=platform.python_version())
+    return dict(cpu=name, cores=os.cpu_count(), threads=threads or torch.get_num_threads(), gpu=gpu, torch=torch.__version__, python=platform.python_version())
 
 
 def check_list(cfg, name, known, everything=None):

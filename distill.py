@@ -24,7 +24,6 @@ teacher once, before training, and its --top likeliest ids at each position are 
 The file reads top to bottom: settings, divergences, teachers, what is kept on disk, the job that train.py's loop runs, LoRA.
 """
 import contextlib
-import functools
 import glob
 import hashlib
 import json
@@ -186,7 +185,8 @@ class OwnTeacher:
             raise UserError(f"--teacher={folder} was not trained on a task: python train.py --data=TASK --init_from={folder} makes a teacher of it")
         if not os.path.exists(os.path.join(folder, FILE)):
             raise UserError(f"--teacher={folder} has no {FILE}")
-        self.tokenizer, self.n_ids, self.n_params = load_tokenizer(folder), self.model.config.vocab_size, self.model.num_params()
+        self.tokenizer, self.n_params = load_tokenizer(folder), self.model.num_params()
+        self.n_ids = min(self.model.config.vocab_size, self.tokenizer.vocab_size)  # an embedding from elsewhere may have rows to spare
         best = os.path.join(folder, "best.safetensors")
         self.identity = read_metadata(best if os.path.exists(best) else os.path.join(folder, "model.safetensors")).get("crc32")
 
@@ -210,7 +210,7 @@ class OwnTeacher:
         return self.model.decode(shift_right(ids, self.tokenizer.bos), **self.model.decoder_sees(images, None, ids))[answer]
 
     def head(self, states):
-        return self.model.logits(states)
+        return self.model.logits(states)[:, :self.n_ids]
 
     def write(self, prompts, n, temperature, seed, images=None):
         return written(self.model, [prompt.tolist() for prompt in prompts], n, temperature, seed, images)
@@ -269,7 +269,7 @@ class ForeignTeacher:
         return [np.array(ids, dtype=np.int64) for ids in found]
 
     def read(self, prompts, answers):
-        """pad^n x y pad^m, so that all answers begin in one column; column S - 1 expects the first token of y."""
+        """pad^n x y pad^m, (B, S + T), so that all answers begin in one column; column S - 1 expects the first token of y. -> (N, C) for the N tokens of all answers."""
         S, T = max(map(len, prompts)), max(map(len, answers))
         ids, real = np.zeros((len(prompts), S + T), dtype=np.int64), np.zeros((len(prompts), S + T), dtype=bool)
         for b, (prompt, answer) in enumerate(zip(prompts, answers)):
@@ -281,7 +281,7 @@ class ForeignTeacher:
             found = self.model.base_model(**inputs).last_hidden_state
         else:
             found = self.model(**inputs, logits_to_keep=T + 1).logits
-        return found[:, -T - 1:-1][real[:, S:]]
+        return found[:, -T - 1:-1][real[:, S:]]  # (B, T, C), and of that where answers are
 
     def head(self, found):
         return (self.model.get_output_embeddings()(found) if self.by_states else found)[:, :self.n_ids]
@@ -292,6 +292,8 @@ class ForeignTeacher:
         ids = torch.tensor([[0] * (S - len(prompt)) + prompt.tolist() for prompt in prompts], device=self.device)
         real = torch.tensor([[0] * (S - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=self.device)
         drawn = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature else dict(do_sample=False)
+        if spare := range(self.n_ids, self.model.get_input_embeddings().num_embeddings):  # rows of the embedding that stand for nothing
+            drawn |= dict(suppress_tokens=list(spare))
         found = self.model.generate(input_ids=ids, attention_mask=real, max_new_tokens=n, pad_token_id=self.tokenizer.eos, eos_token_id=self.tokenizer.eos, **drawn)
         return [row[:row.index(self.tokenizer.eos) + 1] if self.tokenizer.eos in row else row for row in found[:, S:].tolist()]
 
@@ -353,7 +355,8 @@ class ForeignSeeingTeacher:
     def write(self, prompts, n, temperature, seed, inputs):
         torch.manual_seed(seed if isinstance(seed, int) else seed[0])
         drawn = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature else dict(do_sample=False)
-        drawn |= dict(suppress_tokens=list(self.forbidden)) if self.forbidden else {}
+        if unusable := [*self.forbidden, *range(self.n_ids, self.model.get_input_embeddings().num_embeddings)]:
+            drawn |= dict(suppress_tokens=unusable)
         found = self.model.generate(**inputs, max_new_tokens=n, pad_token_id=self.tokenizer.eos, eos_token_id=self.tokenizer.eos, **drawn)
         row = found[0, inputs["input_ids"].size(1):].tolist()
         return [row[:row.index(self.tokenizer.eos) + 1] if self.tokenizer.eos in row else row]
@@ -405,7 +408,7 @@ def library_for(name):
     transformers = optional("transformers")
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    if (name.count("/") > 1 or name[0] in "./~") and not os.path.isdir(name):
+    if (not name or name.count("/") > 1 or name[0] in "./~") and not os.path.isdir(name):
         raise UserError(f"--teacher=hf:{name}: no such folder")
     return transformers
 
@@ -874,13 +877,13 @@ def plan(cfg):
         with explained(f"--teacher={cfg.teacher}"), torch.device("meta"):
             about = transformers.AutoConfig.from_pretrained(cfg.teacher[3:])
             weights = sum(p.numel() for p in transformers.AutoModelForCausalLM.from_config(about).parameters())
-        words, width, hidden = about.vocab_size, about.hidden_size, about.intermediate_size
+        words, width, hidden = about.vocab_size + 261, about.hidden_size, about.intermediate_size  # the student's own ids on top
     else:
         about = read_config(cfg.teacher)
         weights, words, width, hidden = count_params(about), about.vocab_size, about.n_embd, about.n_hidden
     S, T, rows = cfg.src_len, cfg.tgt_len, cfg.batch_size
     changes = {name: getattr(cfg, name) for name in ("n_embd", "n_head", "n_kv_head", "head_dim", "n_hidden") if getattr(cfg, name)}
-    c = read_config(cfg.init_from) if cfg.init_from != "scratch" else make_config(cfg.preset, cfg.arch, cfg.split, cfg.n_enc, cfg.n_dec, S, T, vocab_size=words + 261, **changes)
+    c = read_config(cfg.init_from) if cfg.init_from != "scratch" else make_config(cfg.preset, cfg.arch, cfg.split, cfg.n_enc, cfg.n_dec, S, T, vocab_size=words, **changes)
     heads, shared, n = c.n_head * c.head_dim, c.n_kv_head * c.head_dim, count_params(c)
     layer = 12 * c.n_embd + 2 * (2 * heads + 2 * shared) + 8 * c.n_hidden  # bytes a token: two norms' inputs and outputs, q k v and their result, the MLP's four
     cross = 6 * c.n_embd + 2 * 2 * heads
@@ -890,7 +893,7 @@ def plan(cfg):
     caches = 4 * 2 * c.n_dec * shared * (S + T) if cfg.alpha and cfg.sequences == "student" else 0
     return {"teacher's weights, bf16": 2 * weights, "teacher's largest activations": rows * 2 * (S + T) * (4 * width + 3 * hidden),
             "student's weights, gradients, momentum in float32, weights in bf16": 14 * n + 4 * c.vocab_size * c.n_embd, f"student's activations, {rows} rows of {S} + {T}": rows * activations,
-            "student's caches while it writes": rows * cfg.refresh * caches, "logits of a chunk and what the divergence makes of them": 8 * 4 * CHUNK}
+            "student's caches while it writes": min(128, rows * cfg.grad_accum * cfg.refresh) * caches, "logits of a chunk and what the divergence makes of them": 8 * 4 * CHUNK}
 
 
 def main():
@@ -898,8 +901,6 @@ def main():
     if cfg.init_from == "resume":
         cfg = load_run(cfg)
     check(cfg)
-    if cfg.init_from == "resume" and cfg.plan:
-        raise UserError("--plan is for a run that has not begun")
     if cfg.init_from != "resume" and cfg.student in PRESETS:
         cfg.preset = cfg.student
     elif cfg.init_from != "resume":

@@ -904,7 +904,7 @@ def real_rows(cfg, record, model, tokenizer, split, n):
     data, decoder_only = cfg.data or record["data"], model.config.n_enc == 0
     if model.config.image_id >= 0:
         rows = load_picture_task(data, record["skip_bad"], log=lambda text: None).splits[split]
-        pairs = PicturePairs([rows[i] for i in np.linspace(0, len(rows) - 1, min(n, len(rows))).astype(int)], tokenizer, record["src_len"], record["tgt_len"], decoder_only, model.vision)
+        pairs = PicturePairs([rows[i] for i in np.linspace(0, len(rows) - 1, min(n, len(rows))).astype(int)], tokenizer, record["src_len"], record["tgt_len"], decoder_only, model.vision, record["skip_bad"])
         return pairs.batch(range(len(pairs))), [pairs.prompt(row) for row in range(len(pairs))], [pairs.pictures([row]) for row in range(len(pairs))]
     if record["objective"] == "seq2seq":
         task = load_task(data, record["source_col"], record["target_col"], record["skip_bad"], log=lambda text: None)
@@ -925,13 +925,16 @@ def real_rows(cfg, record, model, tokenizer, split, n):
 
 
 def fitting(batch, prompts, src_len, tgt_len, new):
-    """The rows, prompts and number of new tokens, cut to what a static export takes; a decoder-only model's at the front, as answers come last."""
+    """The rows, prompts and number of new tokens, cut to what a static export takes; a decoder-only model's at the front, as what is scored comes last."""
     src, src_mask, tgt, loss_mask = batch
     if src is not None:
         batch = *[part if part is None else part[:, :src_len] for part in (src, src_mask)], tgt[:, :tgt_len], loss_mask[:, :tgt_len]
         return batch, [prompt[:src_len] for prompt in prompts], min(new, tgt_len)
     new = min(new, max(1, tgt_len // 2))
-    return (None, None, tgt[:, -tgt_len:], loss_mask[:, -tgt_len:]), [prompt[max(0, len(prompt) - tgt_len + new):] for prompt in prompts], new
+    width = min(tgt_len, tgt.shape[1])
+    ends = [max(width, 1 + row.nonzero()[0].max(initial=0)) for row in loss_mask]  # behind them, shorter rows are padding
+    tgt, loss_mask = (np.stack([row[end - width:end] for row, end in zip(part, ends)]) for part in (tgt, loss_mask))
+    return (None, None, tgt, loss_mask), [prompt[max(0, len(prompt) - tgt_len + new):] for prompt in prompts], new
 
 
 @torch.no_grad()

@@ -620,7 +620,7 @@ class Transformer(nn.Module):
 
     def flops(self, src_len, tgt_len):
         """FLOPs of one forward pass over one row, a multiply-add counted as two; training costs three times that.
-        Causal attention is counted in full, as most papers do."""
+        Causal attention is counted in full, as most papers do; config.look's cross-attention to pictures is left out."""
         cfg = self.config
         heads, attn, cross, mlp = 4 * cfg.n_head * cfg.head_dim, 0, 0, 0
         for name, p in self.dec[0].named_parameters():

@@ -125,7 +125,8 @@ def beam_search(model, prompt, beams, max_new_tokens, images=None):
             if step < max_new_tokens - 1:
                 cache.select(torch.tensor([row for _, row, _ in kept], device=states.device))
                 states = model.decode(torch.tensor([[id] for _, _, id in kept], device=states.device), cache=cache)
-        finished += [(score / len(answer) ** 0.6, answer) for score, answer in zip(scores.tolist(), answers) if answer]
+        else:  # what is still without an end
+            finished += [(score / len(answer) ** 0.6, answer) for score, answer in zip(scores.tolist(), answers) if answer]
     return max(finished, key=lambda pair: pair[0])[1]
 
 
@@ -175,7 +176,7 @@ def open_pictures(paths, text, vision, run):
     if vision is None:
         raise UserError(f"--image: {run} is a run without pictures; vision.py trains one with")
     from data.images import n_tokens, open_image, prepare_image
-    paths = ([paths] if os.path.exists(paths) else paths.split(",")) if paths else []
+    paths = ([paths] if os.path.exists(paths) else [path.strip() for path in paths.split(",")]) if paths else []
     images = [open_image(path) for path in paths]
     text = text if IMAGE in text else IMAGE * len(images) + text
     if text.count(IMAGE) != len(images):
@@ -232,6 +233,8 @@ def load_torch(cfg, run):
 
 def main():
     cfg = parse(Settings, __doc__)
+    if cfg.seed < 0:
+        raise UserError(f"--seed={cfg.seed} must not be negative")
     for name in ("max_new_tokens", "beams", "num_samples"):
         if getattr(cfg, name) is not None and getattr(cfg, name) < 1:
             raise UserError(f"--{name}={getattr(cfg, name)} must be at least 1")
@@ -250,7 +253,7 @@ def main():
     if cfg.prompt is None and sys.stdin.isatty():
         print(f"{run} ({objective}); type a prompt" + (f" with {MASK} for holes" if objective == "span" else "") +
               ", end it with Ctrl-D", file=sys.stderr)
-    text = sys.stdin.read() if cfg.prompt is None else cfg.prompt.replace("\\n", "\n")
+    text = sys.stdin.buffer.read().decode("utf-8", "replace") if cfg.prompt is None else cfg.prompt.replace("\\n", "\n")
     text = text.strip() if objective == "seq2seq" else text
     vision, pictures, counts = vision_of(run, exported), [], None
     if cfg.image or vision:

@@ -114,7 +114,7 @@ DEFAULTS = {
     "small": dict(src_len=512, tgt_len=128, batch_size=64, lr=5e-3, embed_lr=3e-3, warmup_iters=100, schedule="linear", max_minutes=10),
 } | {size: dict(src_len=1024, tgt_len=256, batch_size=32, lr=3e-4, embed_lr=3e-4, warmup_iters=2000, schedule="cosine", max_minutes=600)
      for size in ("330m", "500m", "800m", "1b")}  # the paper's, section 3.3
-TASK_LENGTHS = dict(src_len=512, tgt_len=256, batch_size=8)  # what rows of a task take at most, where the preset's are shorter
+TASK_LENGTHS = dict(src_len=512, tgt_len=256, batch_size=8)  # what rows of a task take at most, where the preset reads less than that
 TIMED = (8, 40)  # the steps that --max_minutes measures (the first ones are slower), before the decay needs to know the end
 
 
@@ -433,7 +433,7 @@ def catch_signals():
 
 
 def run(model, batch_at, loss_of, evaluate, cfg, world, flops_per_token, best=None, prepare=None, carry=None):
-    """Trains `model` in cfg.out until cfg.max_iters, and returns the last evaluation.
+    """Trains `model` in cfg.out until cfg.max_iters, and returns the last evaluation, or the best (below).
 
     batch_at(step, rows) makes the rows with these global numbers: a pure function, on which resuming, accumulation and
     several processes rest; a batch is a tuple that ends with its number of real tokens. loss_of(model, batch) gives the
@@ -599,6 +599,8 @@ def count_tokens(batch, pad):
 def eval_starts(length, window, rows, causal):
     """Where the held-out windows begin: `rows` of them, evenly spaced, or, with 0, side by side over all of the text
     (the last one reaches back). Causal windows overlap by one token, which the next one needs to be predicted from."""
+    if length < window:
+        raise UserError(f"the held-out text has {length} tokens, and a row of this run needs {window}: a longer text is needed")
     if rows:
         return np.linspace(0, length - window, rows).astype(int)
     stride = window - (1 if causal else 0)
@@ -953,10 +955,14 @@ def launch(cfg, make_job, name):
         world.agree(None)
     model = job.make_model().to(world.device)
 
+    def new_folder(chosen):
+        return world.agree(free_folder(chosen or os.path.join("out", name), chosen is not None) if world.rank == 0 else None)
+    chosen = cfg.out
     if cfg.init_from != "resume":
-        cfg.out = world.agree(free_folder(cfg.out or os.path.join("out", name), chosen=cfg.out is not None) if world.rank == 0 else None)
-    job.start(model)
+        cfg.out = new_folder(chosen)
+    job.start(model)  # may take hours
     if cfg.init_from != "resume":
+        cfg.out = new_folder(chosen)  # another run may have begun meanwhile
         if world.rank == 0:
             os.makedirs(cfg.out, exist_ok=True)
             settings = {field.name: getattr(cfg, field.name) for field in fields(Settings)}

@@ -373,8 +373,9 @@ class Seeing(Finetuning):
         if cfg.init_from != "scratch":
             parent = parent_model(cfg, self.tokenizer, load_model)
             config, weights = parent.config, parent.state_dict()
-        look = config.look if "look" not in given() and cfg.init_from != "scratch" else cfg.look
-        model = VisionLM(replace(config, image_id=self.tokenizer.image, look=look), self.vision)
+        if "look" not in given() and cfg.init_from != "scratch":
+            cfg.look = config.look
+        model = VisionLM(replace(config, image_id=self.tokenizer.image, look=cfg.look), self.vision)
         own = model.state_dict()
         weights = {name: p for name, p in weights.items() if name in own and (own[name].shape == p.shape or not name.startswith("projector"))}
         model.load_state_dict(own | weights)

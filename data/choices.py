@@ -43,6 +43,8 @@ def load_choices(name, split="test"):
                         f"path: --data={kind}:FILE") from None
     questions = []
     for number, record in enumerate(records, 1):
+        if record is None:  # an empty line
+            continue
         try:
             if isinstance(record, ValueError):
                 raise record

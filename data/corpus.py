@@ -63,9 +63,9 @@ def open_python(files, split):
 
 
 def split_files(path):
-    """Files of a path by split, as their names tell: train, valid or val, test (not used here). A file whose name tells
-    nothing is training data."""
-    found = sorted(glob.glob(os.path.join(path, "**", "*"), recursive=True)) if os.path.isdir(path) else [path]
+    """(split -> files of a path, their kind): splits as the files' names tell, train, valid or val, test (not used here). A file
+    whose name tells nothing is training data."""
+    found = sorted(glob.glob(os.path.join(glob.escape(path), "**", "*"), recursive=True)) if os.path.isdir(path) else [path]
     files = [f for f in found if os.path.isfile(f) and not os.path.basename(f).startswith(".")]
     splits = {"train": [], "val": [], "test": []}
     for file in files:
@@ -108,7 +108,7 @@ def open_texts(kind, files, column):
         if column not in row:
             raise UserError(f"there is no column {column!r} in {kind if isinstance(files, str) else files[0]}; it has "
                             f"{', '.join(row) or 'none'}: choose with --text_col")
-        if not isinstance(row[column], str):
+        if not isinstance(row[column], str | None):
             raise UserError(f"column {column!r} holds {type(row[column]).__name__}, not text: choose with --text_col")
         if row[column]:
             yield row[column]
@@ -259,13 +259,9 @@ class Corpus:
         self.tokenizer = load_tokenizer(folder)
         dtype = token_type(self.tokenizer)
         self.splits = {split: Tokens([np.memmap(path, dtype, "r") for path in
-                                      sorted(glob.glob(os.path.join(folder, f"{split}-*.bin")))])
+                                      sorted(glob.glob(os.path.join(glob.escape(folder), f"{split}-*.bin")))])
                        for split in ("train", "val")}
         self.hash = hashlib.sha256(json.dumps(self.manifest).encode()).hexdigest()[:12]
-
-    def bytes_per_token(self, split):
-        counts = self.manifest["splits"][split]
-        return counts["bytes"] / counts["tokens"]
 
     def describe(self):
         splits = self.manifest["splits"]

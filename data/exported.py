@@ -1,7 +1,7 @@
 """Runs a folder that export.py wrote, with numpy and onnxruntime alone: what one deploys. Needs no torch.
 
-The folder holds encoder.onnx and decoder.onnx (a decoder-only model has the latter alone), weights.bin behind both,
-config.json, tokenizer.json and export.json (precision, objective, size of every file).
+The folder holds encoder.onnx and decoder.onnx (a decoder-only model has the latter alone; vision.onnx where it reads pictures; prefill.onnx in
+a static export), weights.bin behind all of them, tokenizer.json, and export.json (configuration, precision, objective, size of every file).
 
 Rows of a request are padded on the right, and each row's keys and values lie in its caches from slot 0 on: unlike torch's
 side (`model.Cache`), which pads on the left, no row needs to know of another's length.

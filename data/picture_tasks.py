@@ -341,9 +341,8 @@ class PicturePairs(Pairs):
         return [self.picture(row, ref, size) for row in rows for ref, size in zip(self.rows[row]["images"], self.sizes[row])]
 
     def picture(self, row, ref, size):
-        nothing = Image.new("RGB", size, tuple(round(255 * value) for value in self.vision.mean))  # zero, to the tower
         if self.blank or row in self.bad:
-            return prepare_image(nothing, self.vision)
+            return self.nothing(size)
         where = named(ref, f"the picture of row {row + 1}")
         try:
             image = load(ref, where)
@@ -353,8 +352,12 @@ class PicturePairs(Pairs):
             if not self.skip_bad:
                 raise
             self.bad.add(row)
-            image = nothing
+            return self.nothing(size)
         return prepare_image(image, self.vision)
+
+    def nothing(self, size):
+        """A picture of this size that is zero to the tower."""
+        return prepare_image(Image.new("RGB", size, tuple(round(255 * value) for value in self.vision.mean)), self.vision)
 
     def shown(self, model, rows):
         pictures = self.pictures(rows)

@@ -228,7 +228,7 @@ class Drawn:
 
     def load(self):
         if self.kind == "charts":  # a hundred times slower to draw than the others
-            return Image.open(io.BytesIO(chart_store(self.split, SIZES["charts"][SPLITS.index(self.split)], data.corpus.CACHE).read(self.number)))
+            return Image.open(io.BytesIO(chart_store(self.split).read(self.number)))
         rng, plan = drawn_from(self.kind, self.split, self.number, PLANS[self.kind])
         return draw_shapes(rng, plan[1]) if self.kind == "shapes" else draw_docs(rng, plan[1])
 
@@ -264,11 +264,11 @@ class Store:
     """The charts of a split, drawn once by all cores and kept as PNGs in one file of the cache; a drawing that was cut off goes on."""
     BLOCK = 500
 
-    def __init__(self, split, n):
+    def __init__(self, split, n, cache):
         import matplotlib
-        source = [inspect.getsource(part) for part in (split_of, drawn_from, plan_charts, draw_charts)] + [WHAT, BY, LABELS, BARS]  # another drawing is another store
+        source = [inspect.getsource(part) for part in (split_of, drawn_from, plan_charts, canvas.__wrapped__, draw_charts)] + [WHAT, BY, LABELS, BARS]  # another drawing is another store
         key = hashlib.sha256(json.dumps([source, matplotlib.__version__, n]).encode()).hexdigest()[:12]
-        self.folder, self.n, self.split = os.path.join(data.corpus.CACHE, f"charts-{key}", split), n, split
+        self.folder, self.n, self.split = os.path.join(cache, f"charts-{key}", split), n, split
         self.files = {}
 
     def draw(self):
@@ -299,15 +299,17 @@ class Store:
         return content[(ends[k - 1] if k else 0):ends[k]].tobytes()
 
 
-@functools.lru_cache(maxsize=None)
-def chart_store(split, n, cache):
-    return Store(split, n)
+open_store = functools.lru_cache(maxsize=None)(Store)
+
+
+def chart_store(split):
+    return open_store(split, SIZES["charts"][SPLITS.index(split)], data.corpus.CACHE)
 
 
 def draw_charts_once():
     """All of them, before anything else: matplotlib cannot draw in two threads at a time, and train.py makes its batches in one of its own."""
     for split in SPLITS:
-        chart_store(split, SIZES["charts"][SPLITS.index(split)], data.corpus.CACHE).draw()
+        chart_store(split).draw()
 
 
 def draw_block(job):

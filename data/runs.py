@@ -15,7 +15,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 def free_folder(name, chosen):
     """`name` itself, which must not hold a run if the user has `chosen` it; else the first free of name, name-2, name-3 ..."""
     number, free = 1, name
-    while glob.glob(os.path.join(free, "*")):
+    while glob.glob(os.path.join(glob.escape(free), "*")):
         if chosen:
             raise UserError(f"--out={name} is not empty: go on with --init_from=resume, or choose another folder")
         number += 1
@@ -25,7 +25,7 @@ def free_folder(name, chosen):
 
 def record(folder, settings, versions, **more):
     """Writes run.json (command, settings, versions) and copies the source that runs into source/."""
-    for path in [*glob.glob(os.path.join(ROOT, "*.py")), *glob.glob(os.path.join(ROOT, "data", "*.py"))]:
+    for path in [path for part in ("*.py", "data/*.py") for path in glob.glob(os.path.join(glob.escape(ROOT), part))]:
         target = os.path.join(folder, "source", os.path.relpath(path, ROOT))
         os.makedirs(os.path.dirname(target), exist_ok=True)
         shutil.copyfile(path, target)

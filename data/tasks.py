@@ -70,7 +70,8 @@ def docstring_rows(text):
 
 
 def own_names(node):
-    """Parameters and local names of a function in the order in which they are first bound, self and cls left out."""
+    """Parameters and assigned names of a function in the order in which they are first bound, self and cls left out. What is bound in other ways
+    (except ... as, imports, nested functions' names) keeps its name."""
     names, foreign = {}, {"self", "cls"}
     for part in ast.walk(node):
         if isinstance(part, (ast.Global, ast.Nonlocal)):
@@ -96,7 +97,7 @@ class Rename(ast.NodeTransformer):
 
 def names_rows(text):
     """A function whose parameters and local names became v0, v1, ... -> those names in order. Docstrings and comments, which
-    would give them away, go."""
+    would give them away, go. Functions inside of it are renamed with it and are no rows of their own."""
     for _, node in functions(text):
         names = own_names(node)
         if not 2 <= len(names) <= 12 or any(re.fullmatch(r"v\d+", name) for name in names):
@@ -112,7 +113,8 @@ def python_rows(name, extract, full):
     """The rows of a built-in task. Files are split as the corpora pycode and pycode-full split them, what those hold out in
     two halves, val and test; a source that stands in another file already is dropped. Cached."""
     files = python_files(full)
-    key = json.dumps([3, name, inspect.getsource(extract), [file["sha256"] for file in files]])
+    source = [inspect.getsource(part) for part in (functions, own_names, Rename, extract)]
+    key = json.dumps([3, name, source, [file["sha256"] for file in files]])
     path = os.path.join(data.corpus.CACHE, f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.jsonl")
     if not os.path.exists(path):
         os.makedirs(os.path.dirname(path), exist_ok=True)

@@ -1,4 +1,5 @@
 """bench.py: scoring a run, and the comparison of the architectures, on tiny runs."""
+import glob
 import json
 import os
 import time
@@ -59,6 +60,8 @@ def test_choices_in_both_forms(tmp_path):
     for name, record in (("arc_easy", ARC), ("mmlu", MMLU)):
         path = write(tmp_path / f"{name}.jsonl", json.dumps(record) + "\n")
         assert load_choices(f"{name}:{path}") == [("Which?", ["red", "blue sky"], 1)]
+        write(tmp_path / f"{name}.jsonl", json.dumps(record) + "\n\n" + json.dumps(record) + "\n")
+        assert len(load_choices(f"{name}:{path}")) == 2
 
 
 @pytest.mark.parametrize("objective, arch", [("span", "encdec"), ("prefix", "encdec"), ("causal", "dec"), ("span", "dec")])
@@ -128,7 +131,7 @@ def test_compare_skips_what_is_there(tmp_path, monkeypatch, capsys):
     with open("rows.jsonl", "w") as f:
         f.write('{"cut off": ')
 
-    def fake(cfg, trial, folder):
+    def fake(cfg, trial, folder, done):
         calls.append((trial["arch"], trial["seed"]))
         if len(calls) == 3:
             raise KeyboardInterrupt
@@ -148,7 +151,7 @@ def test_distilled_rows_stand_beside_the_others(tmp_path, monkeypatch, capsys):
         f.write(json.dumps(dict(data=path, split="val", preset="nano", arch="2/3", budget="4 min", train="", seed=1, metric="f1", params_m=1.0, train_s=1.0, tokens_m=1.0,
                                 steps=1, rows=3, f1=1.0)) + "\n")
 
-    def fake(cfg, trial, folder):
+    def fake(cfg, trial, folder, done):
         calls.append((trial["preset"], trial["arch"], trial["distill"]))
         return trial | dict(metric="f1", params_m=1.0, train_s=1.0, tokens_m=1.0, steps=1, rows=3, f1=10.0 * len(calls))
     monkeypatch.setattr(bench, "compare_run", fake)
@@ -176,6 +179,20 @@ def test_compare_really_runs(tmp_path, monkeypatch, capsys):
         assert [row["arch"] for row in rows] == ["dec", "1/3"] and rows[0]["steps"] == 20
         assert abs(rows[1]["params_m"] / rows[0]["params_m"] - 1) < 0.1
     assert rows[1]["steps"] != 20
+    with open("flops.jsonl", "w") as f:  # as if of another split: the weights are there
+        f.writelines(json.dumps(row | dict(split="test", commit="abc")) + "\n" for row in rows)
+    before = {path: os.path.getmtime(path) for path in glob.glob("flops/*/model.safetensors")}
+    assert call(bench.main, argv, monkeypatch, capsys)[0] == 0
+    again = [json.loads(line) for line in open("flops.jsonl")][2:]
+    assert before == {path: os.path.getmtime(path) for path in before} and len(before) == 2
+    assert [row["val_loss"] for row in again] == [row["val_loss"] for row in rows] and {row["commit"] for row in again} == {"abc"}
+
+
+def test_a_file_of_its_own_is_held_out_but_not_the_runs_own_by_another_name(tmp_path):
+    for name in ("a.jsonl", "b.jsonl"):
+        write(tmp_path / name, "")
+    assert bench.another_file("b.jsonl", "a.jsonl") and bench.another_file("squad:b.jsonl", "squad") and not bench.another_file("squad", "squad")
+    assert not any(bench.another_file(name, "a.jsonl") for name in ("a.jsonl", "./a.jsonl", str(tmp_path / "a.jsonl"), f"pictures:{tmp_path}/a.jsonl"))
 
 
 @pytest.mark.parametrize("argv, says", [(["--archs=enc"], "--archs=enc"), (["--preset=huge"], "--preset=huge"), (["--seeds=0"], "--seeds"),
@@ -263,7 +280,7 @@ def test_memory(monkeypatch, capsys):
 def test_costs_bad_input(monkeypatch, capsys):
     for argv, says in [(["speed", "--engine=onnx-int3"], "--engine=onnx-int3"), (["speed", "--new=0"], "--new=0"), (["speed", "--src=1,x"], "--src=1,x"),
                        (["speed", "--archs=3/4"], "--archs=3/4"), (["speed", "--examples=0"], "--examples"), (["speed", "--clients=0"], "--clients"),
-                       (["speed", "--plot=x.txt"], "--plot"), (["speed", "--shape=n_layers=3"], "--shape"), (["flops", "--shape=n_enc=x"], "--shape"), (["flops", "--src=0"], "--src=0"), (["train", "--engine=x"], "--engine=x"),
+                       (["speed", "--plot=x.txt"], "--plot"), (["speed", "--shape=n_layers=3"], "--shape"), (["flops", "--shape=n_enc=2"], "--archs=2/3"), (["flops", "--shape=n_enc=x"], "--shape"), (["flops", "--src=0"], "--src=0"), (["train", "--engine=x"], "--engine=x"),
                        (["speed", "--preset=1b", "--archs=dec", "--engine=torch", "--batch=4096", "--src=4096"], "would fit")]:
         status, _, err = call(bench.main, argv, monkeypatch, capsys)
         assert status == 2 and says in one_line(err), (argv, err)

@@ -214,6 +214,16 @@ def go(monkeypatch, capsys):
     return lambda main, *argv: call(main, argv, monkeypatch, capsys)
 
 
+def test_rows_cut_for_a_static_export_keep_their_answers():
+    tgt, mask = np.zeros((2, 40), np.int64), np.zeros((2, 40), bool)
+    tgt[0], mask[0, 30:] = np.arange(1, 41), True
+    tgt[1, :12], mask[1, 9:12] = np.arange(101, 113), True  # padding behind
+    (_, _, cut, scored), prompts, new = export.fitting((None, None, tgt, mask), [[1, 2, 3]], 0, 10, 4)
+    assert cut.tolist() == [list(range(31, 41)), list(range(103, 113))] and scored.sum(1).tolist() == [10, 3]
+    (_, _, cut, scored), _, _ = export.fitting((None, None, tgt, mask), [[1]], 0, 100, 4)
+    assert np.array_equal(cut, tgt) and np.array_equal(scored, mask)
+
+
 @pytest.mark.parametrize("how", [(), ("--static",)])
 @pytest.mark.parametrize("arch", [TINY_ENC, TINY_DEC])
 def test_from_a_run_to_text_without_torch(arch, how, go, text_file, monkeypatch):

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -77,7 +78,7 @@ def test_the_newest_run_and_standard_input(talk, monkeypatch):
     make_run("out/new", "causal", "dec")
     os.utime("out/old/model.safetensors", (1, 1))
     assert newest_run() == os.path.join("out", "new")
-    monkeypatch.setattr(sys, "stdin", io.StringIO("from a pipe"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"from a pipe")))
     status, out, _ = talk("--max_new_tokens=2")
     assert status == 0 and out.startswith("from a pipe")
 
@@ -96,6 +97,25 @@ def test_one_beam_is_greedy_and_all_beams_find_the_best():
             ends += [((score + logp[n, 2]) / (n + 1) ** 0.6, answer)] if n < 4 else []
             best = max([best, *ends], key=lambda pair: pair[0])
     assert tuple(beam_search(model, prompt, 6 ** 4, 4)) == best[1]
+
+
+def test_a_beam_without_an_end_does_not_win_over_ended_ones():
+    """[] has 0.3 and [a] 0.6 * 0.2; the search stops there, and the 0.6 of an [a] that goes on is no answer's."""
+    table = torch.full((10, 9), 0.0125)  # by the last token, the start in the last row; 0 ends
+    table[1], table[2, 0], table[-1, :3] = torch.tensor([0.2] + 8 * [0.1]), 0.9, torch.tensor([0.3, 0.6, 0.05])
+
+    class Chain:
+        config = SimpleNamespace(eos_id=0)
+
+        def prefill(self, prompts, n, images=None):
+            return SimpleNamespace(select=lambda rows: None), torch.tensor([[9]])
+
+        def next_logits(self, states):
+            return (table / table.sum(1, keepdim=True)).log()[states[:, 0]]
+
+        def decode(self, tokens, cache):
+            return tokens
+    assert beam_search(Chain(), [5], 2, 6) == []
 
 
 @pytest.mark.parametrize("argv, says", [

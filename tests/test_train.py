@@ -294,6 +294,9 @@ def test_new_runs_never_touch_old_ones(run_train):
     status, _, err = run_train("--max_iters=1", "--out=out/encdec-nano-words")
     assert status == 2 and "not empty" in one_line(err)
     assert before == {name: open(f"out/encdec-nano-words/{name}", "rb").read() for name in before}
+    assert run_train("--max_iters=1", "--out=out/x[1]")[0] == 0
+    status, _, err = run_train("--max_iters=1", "--out=out/x[1]")
+    assert status == 2 and "not empty" in one_line(err)
 
 
 @pytest.mark.parametrize("argv, says", [
