@@ -1139,12 +1139,16 @@ def check_list(cfg, name, known, everything=None):
         raise UserError(f"--{name}={bad[0]}: it takes {', '.join(known)}, separated by commas, or all")
 
 
+def at_least_one(cfg, *names):
+    for name in names:
+        if getattr(cfg, name) is not None and getattr(cfg, name) < 1:
+            raise UserError(f"--{name}={getattr(cfg, name)} must be at least 1")
+
+
 def check_train(cfg):
     check_list(cfg, "engine", ("encdec", "dec", "t5"))
     check_numbers(cfg, "batch")
-    for name in ("src", "new", "repeats", "rows"):
-        if getattr(cfg, name) < 1:
-            raise UserError(f"--{name}={getattr(cfg, name)} is too small")
+    at_least_one(cfg, "src", "new", "repeats", "rows")
 
 
 def check_numbers(cfg, name):
@@ -1158,8 +1162,7 @@ def check_speed(cfg):
     config_of(cfg, cfg.archs.split(",")[0])
     for name in ("src", "new", "batch", *(["clients"] if cfg.clients else [])):
         check_numbers(cfg, name)
-    if cfg.examples is not None and cfg.examples < 1:
-        raise UserError(f"--examples={cfg.examples} must be at least 1")
+    at_least_one(cfg, "examples")
     if cfg.clients and (cfg.plot or cfg.batch != "1"):
         raise UserError("--clients makes batches of whoever waits, and draws nothing: leave --batch and --plot out")
     check_plot(cfg)
@@ -1168,25 +1171,20 @@ def check_speed(cfg):
 def check_load(cfg):
     if cfg.run and not cfg.run.startswith("hf:"):
         raise UserError(f"--run={cfg.run} should be hf:FOLDER")
-    if cfg.repeats < 1:
-        raise UserError(f"--repeats={cfg.repeats} must be at least 1")
+    at_least_one(cfg, "repeats")
 
 
 def check_cost(cfg):
     check_list(cfg, "archs", ARCHS)
     config_of(cfg, cfg.archs.split(",")[0])
-    for name in ("src", "new", "batch"):
-        if getattr(cfg, name) < 1:
-            raise UserError(f"--{name}={getattr(cfg, name)} must be at least 1")
+    at_least_one(cfg, "src", "new", "batch")
 
 
 def check_vision(cfg):
     check_list(cfg, "archs", ARCHS)
     check_list(cfg, "engine", ("torch", "onnx-fp32", "onnx-int8", "onnx-int4"))
     check_list(cfg, "tokens", ("all", "variance", "learned", "concat"))
-    for name in ("repeats", "new"):
-        if getattr(cfg, name) < 1:
-            raise UserError(f"--{name}={getattr(cfg, name)} must be at least 1")
+    at_least_one(cfg, "repeats", "new")
     picture_of(cfg, cfg.tokens.split(",")[-1])
 
 
@@ -1219,8 +1217,7 @@ def check_compare(cfg):
     if cfg.distill and not cfg.teacher:
         raise UserError(f"--distill={cfg.distill} needs a --teacher")
     check_plot(cfg)
-    if cfg.seeds < 1:
-        raise UserError(f"--seeds={cfg.seeds} must be at least 1")
+    at_least_one(cfg, "seeds")
 
 
 def check_distill(cfg):

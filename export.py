@@ -47,7 +47,7 @@ from data.tasks import load_task
 from data.tokenizer import load_tokenizer, to_foreign
 from model import PRESETS, Config, Transformer, shift_right
 from train import Settings as TrainSettings
-from train import resolve
+from train import evenly, resolve
 from vision import VisionLM, load_model, read_tensors, renamed
 
 MS = "com.microsoft"
@@ -902,16 +902,14 @@ def to_encdec(model, n_enc, n_dec):
 def real_rows(cfg, record, model, tokenizer, split, n):
     """At most n rows of what the run was trained on, as a batch (src, src_mask, tgt, loss_mask); prompts to continue; each row's Pictures, None without."""
     data, decoder_only = cfg.data or record["data"], model.config.n_enc == 0
-    if model.config.image_id >= 0:
-        rows = load_picture_task(data, record["skip_bad"], log=lambda text: None).splits[split]
-        pairs = PicturePairs([rows[i] for i in np.linspace(0, len(rows) - 1, min(n, len(rows))).astype(int)], tokenizer, record["src_len"], record["tgt_len"], decoder_only, model.vision, record["skip_bad"])
-        return pairs.batch(range(len(pairs))), [pairs.prompt(row) for row in range(len(pairs))], [pairs.pictures([row]) for row in range(len(pairs))]
     if record["objective"] == "seq2seq":
-        task = load_task(data, record["source_col"], record["target_col"], record["skip_bad"], log=lambda text: None)
-        rows = task.splits[split]
-        pairs = Pairs([rows[i] for i in np.linspace(0, len(rows) - 1, min(n, len(rows))).astype(int)], tokenizer,
-                      record["src_len"], record["tgt_len"], decoder_only)
-        return pairs.batch(range(len(pairs))), [pairs.prompt(row) for row in range(len(pairs))], None
+        seeing, log = model.config.image_id >= 0, lambda text: None
+        task = load_picture_task(data, record["skip_bad"], log) if seeing else load_task(data, record["source_col"], record["target_col"], record["skip_bad"], log)
+        rows = [task.splits[split][i] for i in evenly(len(task.splits[split]), n)]
+        how = tokenizer, record["src_len"], record["tgt_len"], decoder_only
+        pairs = PicturePairs(rows, *how, model.vision, record["skip_bad"]) if seeing else Pairs(rows, *how)
+        every = range(len(pairs))
+        return pairs.batch(every), [pairs.prompt(row) for row in every], [pairs.pictures([row]) for row in every] if seeing else None
     objective = Objective(record["objective"], tokenizer, record["src_len"], record["tgt_len"], decoder_only, record["noise"], record["mean_span"])
     text = prepare(data, cfg.run, text_col=record["text_col"], max_tokens=1 if split == "val" else n * objective.window, log=lambda text: None).splits[split]
     if len(text) < objective.window:
@@ -944,9 +942,13 @@ def parity(model, exported, batch, prompts, pictures, new):
     sums, widest, largest = np.zeros(3), 0.0, 0.0
     if not batch[3].any():
         raise UserError("no token of an answer is left in the held-out rows to compare by: --tgt_len is too short for them")
+
+    def seen(b):
+        """What torch and the export are given of a row's pictures."""
+        return [dict(images=side.see(pictures[b])[0]) if pictures and pictures[b] else {} for side in (model, exported)]
     for b in tqdm(range(len(prompts)), desc="parity, losses", leave=False):
         src, src_mask, tgt, loss_mask = (None if part is None else torch.from_numpy(part[b:b + 1]) for part in batch)
-        sees, images = (dict(images=model.see(pictures[b])[0]), dict(images=exported.see(pictures[b])[0])) if pictures and pictures[b] else ({}, {})
+        sees, images = seen(b)
         expected, loss = model(src, src_mask, tgt, loss_mask, reduction="sum", **sees)
         memory = exported.encode([src[0][src_mask[0]].tolist() if src_mask is not None else src[0].tolist()], **images) if src is not None else ({}, None)
         T = tgt.size(1)
@@ -959,7 +961,7 @@ def parity(model, exported, batch, prompts, pictures, new):
     endless.__dict__ = model.__dict__ | dict(config=replace(model.config, eos_id=-1))  # answers of full length
     same = total = 0
     for b, prompt in enumerate(tqdm(prompts[:4], desc="parity, answers", leave=False)):
-        sees, images = (dict(images=model.see(pictures[b])[0]), dict(images=exported.see(pictures[b])[0])) if pictures and pictures[b] else ({}, {})
+        sees, images = seen(b)
         wanted = [step[0] for step in endless.generate([prompt], new, **sees)]
         request, logits = exported.start([prompt], new, **images)
         for id in wanted:

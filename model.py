@@ -3,7 +3,8 @@
 Notable about this model:
 - A decoder-only model is an encoder-decoder model with no encoder: n_enc=0 removes the encoder and the cross-attention.
 - The dialect of the Llama family: pre-norm RMSNorm, RoPE (half-rotation), grouped-query attention, SwiGLU, tied
-  embeddings, no biases. `Config` switches the few things that the paper's released model has instead.
+  embeddings, no biases (`nano` to `small` have those of Qwen's query, key and value, and its QK-norm). `Config` switches the
+  few things that the paper's released model has instead.
 - RoPE rotates self-attention in both stacks; cross-attention has no positions unless `cross_rope` gives it some. Past the
   trained length the base of RoPE is stretched (NTK-aware), by a factor that each row of a request gets once, from its own length.
 - Inference state is explicit: a `Cache`, made once for a request, filled in place by `decode`.
@@ -295,7 +296,7 @@ class Block(nn.Module):
     def forward(self, x, rope, mask=None, causal=False, store=None, encoded=None, memory=None, memory_mask=None, cross_rope=None, memory_rope=None,
                 seen=None, seen_mask=None):
         """x (B, T, C). `store(k, v)` puts the new self-attention keys and values into a cache and returns all of them
-        so far. The source: its states `encoded` (B, S, C), or `memory`, the cross-attention keys and values made of them.
+        so far. The source: its states `encoded` (B, S, C), or `memory`, the cross-attention keys and values (B, H_kv, S, D) made of them.
         With config.cross_rope, cross_rope rotates the queries at the source and memory_rope the keys made of `encoded`. `seen`: tokens of
         pictures (B, M, C), or the keys and values made of them; seen_mask as `seen_masks` gives it."""
         h = self.attn_norm(x)
@@ -305,8 +306,8 @@ class Block(nn.Module):
         x = x + self.drop(self.attn(h, k, v, mask, causal, rope))
         if self.look is not None and seen is not None:
             seen = self.look.keys_values(seen) if torch.is_tensor(seen) else seen
-            mask, some = seen_mask  # a row without pictures adds nothing
-            x = x + self.drop(self.look(self.look_norm(x), *seen, mask=mask) * some)
+            may, some = seen_mask  # a row without pictures adds nothing
+            x = x + self.drop(self.look(self.look_norm(x), *seen, mask=may) * some)
         if self.cross is not None:
             memory = memory or self.cross.keys_values(encoded, memory_rope)
             x = x + self.drop(self.cross(self.cross_norm(x), *memory, mask=memory_mask, rope=cross_rope))
@@ -513,9 +514,9 @@ class Transformer(nn.Module):
         x = self.embedded(tokens, images)
         for i, block in enumerate(self.dec):
             if cache is None:
-                x = block(x, rope, mask, causal, None, encoded, None, memory_mask, cross_rope, memory_rope, seen, seen_mask)
+                x = block(x, rope, mask, causal, encoded=encoded, memory_mask=memory_mask, cross_rope=cross_rope, memory_rope=memory_rope, seen=seen, seen_mask=seen_mask)
             else:
-                x = block(x, rope, mask, causal, lambda k, v, i=i: cache.store(i, k, v), None, cache.memory[i], memory_mask, cross_rope,
+                x = block(x, rope, mask, causal, store=lambda k, v, i=i: cache.store(i, k, v), memory=cache.memory[i], memory_mask=memory_mask, cross_rope=cross_rope,
                           seen=cache.seen[i], seen_mask=cache.seen_mask)
         if cache is not None:
             cache.length += T

@@ -8,7 +8,8 @@
     python train.py --init_from=resume --out=out/NAME  goes on where a run stopped
     torchrun --nproc_per_node=8 train.py --preset=330m --data=HuggingFaceFW/fineweb-edu
 
-The file reads top to bottom: settings, Muon, the files of a run, the one loop (`run`), pretraining, fine-tuning.
+The file reads top to bottom: settings, Muon, the machine (`World`), the files of a run, the one loop (`run`), what it trains on (`Pretraining`, `Finetuning`: each a `Job`),
+and `launch`, which puts them together.
 """
 import contextlib
 import ctypes
@@ -955,14 +956,15 @@ def launch(cfg, make_job, name):
         world.agree(None)
     model = job.make_model().to(world.device)
 
-    def new_folder(chosen):
-        return world.agree(free_folder(chosen or os.path.join("out", name), chosen is not None) if world.rank == 0 else None)
     chosen = cfg.out
+
+    def folder():
+        return world.agree(free_folder(chosen or os.path.join("out", name), chosen is not None) if world.rank == 0 else None)
     if cfg.init_from != "resume":
-        cfg.out = new_folder(chosen)
-    job.start(model)  # may take hours
+        cfg.out = folder()
+    job.start(model)  # may take hours, in which another run may take the name
     if cfg.init_from != "resume":
-        cfg.out = new_folder(chosen)  # another run may have begun meanwhile
+        cfg.out = chosen or folder()
         if world.rank == 0:
             os.makedirs(cfg.out, exist_ok=True)
             settings = {field.name: getattr(cfg, field.name) for field in fields(Settings)}

@@ -220,8 +220,8 @@ class VisionLM(Transformer):
         if cfg.tokens != "learned":
             return None, 0.0
         scores = self.weigh(features)[:, :, 0].float()
-        real = np.concatenate([np.arange(len(picture.tiles)) > 0 for picture in pictures])
-        return scores, (torch.sigmoid(scores[torch.from_numpy(real)]).mean() - cfg.keep) ** 2 if real.any() else 0.0
+        chosen = np.concatenate([np.arange(len(picture.tiles)) > 0 for picture in pictures])  # the thumbnail, a picture's first input, stays whole
+        return scores, (torch.sigmoid(scores[torch.from_numpy(chosen)]).mean() - cfg.keep) ** 2 if chosen.any() else 0.0
 
     def flops(self, src_len, tgt_len):
         projector = 2 * self.vision.side ** 2 // self.vision.joined * sum(p.numel() for p in self.projector.parameters() if p.ndim == 2)

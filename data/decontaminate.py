@@ -40,12 +40,14 @@ def clean(documents, contamination, folder, log):
     """The documents without those that contain an evaluation text; FOLDER/dropped.jsonl reports what went."""
     total = dropped = 0
     path = os.path.join(folder, "dropped.jsonl")
-    with open(path, "w", encoding="utf-8") as report:
-        for total, text in enumerate(tqdm(documents, desc="decontaminating", unit=" documents"), 1):
-            if found := contamination.find(text):
-                dropped += 1
-                report.write(json.dumps(dict(document=total, share=round(found[1], 3), evaluation=contamination.texts[found[0]][:200], begins=text[:200])) + "\n")
-            else:
-                yield text
-    log(f"decontaminated against {len(contamination.texts):,} evaluation texts ({contamination.short:,} of them shorter than {N} words, which cannot "
-        f"be looked for): {dropped:,} of {total:,} documents dropped, see {path}")
+    try:
+        with open(path, "w", encoding="utf-8") as report:
+            for total, text in enumerate(tqdm(documents, desc="decontaminating", unit=" documents"), 1):
+                if found := contamination.find(text):
+                    dropped += 1
+                    report.write(json.dumps(dict(document=total, share=round(found[1], 3), evaluation=contamination.texts[found[0]][:200], begins=text[:200])) + "\n")
+                else:
+                    yield text
+    finally:  # also where no more documents are asked for
+        log(f"decontaminated against {len(contamination.texts):,} evaluation texts ({contamination.short:,} of them shorter than {N} words, which cannot "
+            f"be looked for): {dropped:,} of {total:,} documents dropped, see {path}")
