@@ -1025,22 +1025,12 @@ def compare_run(cfg, trial, folder, done):
     mark = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:4]
     short = trial["arch"].replace("/", "")
     out = os.path.join(folder, f"{trial['preset']}-{short}-{trial['seed']}-{mark}")
-    twin = next((row for row in done if matches(trial | dict(split=row["split"]), row)), None)
+    twin = next((row for row in done if matches(trial | dict(split=row.get("split")), row)), None)
     trained = twin and os.path.exists(os.path.join(out, "run.json"))
+    common = [f"--device={cfg.device}", f"--threads={cfg.threads}"]
     if not trained:
         shutil.rmtree(out, ignore_errors=True)  # of a sweep that was cut off
-    arch = ["--arch=dec"] if trial["arch"] == "dec" else ["--arch=encdec", f"--split={trial['arch']}"]
-    common = [f"--device={cfg.device}", f"--threads={cfg.threads}"]
-    more = shlex.split(cfg.train.replace("{arch}", short).replace("{seed}", str(trial["seed"])))
-    seeing = is_picture_task(cfg.data)
-    words = [*arch, f"--preset={trial['preset']}", f"--seed={trial['seed']}", f"--data={cfg.data}", *([] if seeing else ["--objective=seq2seq"]), f"--out={out}", *common, *more]
-    words.append(f"--max_minutes={cfg.max_minutes}" if cfg.equal == "time" else f"--max_iters={equal_steps(cfg, words)}")
-    if trained:
-        pass
-    elif trial["distill"] is None:
-        call([os.path.join(ROOT, "vision.py" if seeing else "train.py"), *words])
-    else:
-        call([os.path.join(ROOT, "distill.py"), *distill_words(words), f"--teacher={cfg.teacher}", *shlex.split(trial["distill"])])
+        train_trial(cfg, trial, short, out, common)
     report = os.path.join(out, "quality.json")
     call([os.path.join(ROOT, "bench.py"), "quality", f"--run={out}", f"--eval_split={cfg.eval_split}", f"--json={report}", *common])
     with open(report, encoding="utf-8") as f:
@@ -1052,6 +1042,19 @@ def compare_run(cfg, trial, folder, done):
     metric = next(key for key in scores if key != "rows")
     return trial | dict(metric=metric, params_m=round(params / 1e6, 3), train_s=log[-1]["time_s"], tokens_m=log[-1]["tokens"] / 1e6,
                         **({} if trial["distill"] is None else dict(teacher_s=round(read_record(out)["teacher_s"], 1))), steps=log[-1]["step"], commit=twin["commit"] if trained else commit()) | scores
+
+
+def train_trial(cfg, trial, short, out, common):
+    """The command that trains a run of a sweep into the folder `out`; `short` is the architecture's name in folders, `common` the machine's keys."""
+    arch = ["--arch=dec"] if trial["arch"] == "dec" else ["--arch=encdec", f"--split={trial['arch']}"]
+    more = shlex.split(cfg.train.replace("{arch}", short).replace("{seed}", str(trial["seed"])))
+    seeing = is_picture_task(cfg.data)
+    words = [*arch, f"--preset={trial['preset']}", f"--seed={trial['seed']}", f"--data={cfg.data}", *([] if seeing else ["--objective=seq2seq"]), f"--out={out}", *common, *more]
+    words.append(f"--max_minutes={cfg.max_minutes}" if cfg.equal == "time" else f"--max_iters={equal_steps(cfg, words)}")
+    if trial["distill"] is None:
+        call([os.path.join(ROOT, "vision.py" if seeing else "train.py"), *words])
+    else:
+        call([os.path.join(ROOT, "distill.py"), *distill_words(words), f"--teacher={cfg.teacher}", *shlex.split(trial["distill"])])
 
 
 def distill_words(words):

@@ -224,7 +224,7 @@ def kill_and_resume(kills, text_file, rng, iters=40):
 
 
 def test_killed_runs_resume_exactly(text_file):
-    kill_and_resume(1, text_file, random.Random(0), iters=12)
+    kill_and_resume(1, text_file, random.Random(0))
 
 
 @pytest.mark.slow

@@ -582,14 +582,14 @@ def test_two_processes_equal_one(tmp_path, monkeypatch, capsys):
     assert one == pytest.approx(two, rel=1e-4)
 
 
-def test_compare(tmp_path, monkeypatch, capsys):
+def test_compare_trains_both_kinds(tmp_path, monkeypatch, capsys):
     words = " ".join(word for word in TINY if not word.startswith(("--device", "--n_dec", "--n_enc")))
     few_pictures_elsewhere(tmp_path, monkeypatch)
-    args = ["compare", "--data=shapes", "--archs=2/3", "--seeds=1", "--max_minutes=0.001", f"--train={words}", "--results=r.jsonl"]
+    args = ["compare", "--data=shapes", "--archs=dec,2/3", "--seeds=1", "--max_minutes=0.001", f"--train={words}", "--results=r.jsonl"]
     status, out, err = call(bench.main, args, monkeypatch, capsys)
     assert status == 0, err
     rows = [json.loads(line) for line in open("r.jsonl")]
-    assert [row["arch"] for row in rows] == ["2/3"] and "blank" in rows[0] and "blank" in out
+    assert [row["arch"] for row in rows] == ["dec", "2/3"] and all("blank" in row for row in rows) and "blank" in out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
