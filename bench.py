@@ -45,17 +45,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from data.choices import is_choice, load_choices
-from data.cli import UserError, parse, script, setting
+from lib.settings import UserError, parse, script, setting
 from data.corpus import prepare
-from data.exported import Exported
-from data.families import weight_files
+from lib.runtime import Exported
+from lib.weights import weight_files
 from data.images import VisionConfig, n_tokens, open_image, pixel_variance, prepare_image, read_vision, token_orders
 from data.metrics import score
 from data.objectives import Objective, pad_rows
 from data.pairs import IMAGE, Pairs
 from data.picture_tasks import PicturePairs, is_picture_task, load_picture_task
 from data.picture_tasks import load as load_image
-from data.runs import ROOT, newest_run, read_record
+from lib.runs import ROOT, newest_run, read_record
 from data.tasks import is_task, load_task
 from data.tokenizer import Tokenizer, load_tokenizer
 from model import PRESETS, Config, Transformer, count_params, make_config

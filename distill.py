@@ -43,13 +43,13 @@ from tqdm import tqdm
 
 import data.corpus
 import train
-from data.cli import UserError, given, parse, script, setting
+from lib.settings import UserError, given, parse, script, setting
 from data.metrics import score
 from data.images import read_vision
 from data.objectives import pad_rows, uniforms
 from data.pairs import IMAGE
 from data.picture_tasks import PicturePairs, is_picture_task, load as load_image
-from data.runs import read_record, write_json
+from lib.runs import read_record, write_json
 from data.tokenizer import FILE, load_tokenizer
 from model import PRESETS, SummedLoss, Transformer, count_params, make_config, read_config, read_metadata, shift_right
 from train import Finetuning, adopt, evenly, launch, load_run, resolve, to_device

@@ -33,16 +33,16 @@ from onnx import TensorProto, helper
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from data.cli import UserError, given, parse, script, setting
+from lib.settings import UserError, given, parse, script, setting
 from data.corpus import prepare
-from data.families import PREFIXES, about_of, config_of, llama_names, local_folder, mu_names, read_about, weight_files
-from data.exported import FILE, Exported, Static, is_export
+from lib.weights import PREFIXES, about_of, config_of, llama_names, local_folder, mu_names, read_about, weight_files
+from lib.runtime import FILE, Exported, Static, is_export
 from data.images import VisionConfig
 from data.objectives import Objective, uniforms
 from data.pairs import Pairs
 from data.picture_tasks import PicturePairs, load_picture_task
-from data.runs import newest_run, read_record, write_json
-from data.runs import record as write_record
+from lib.runs import newest_run, read_record, write_json
+from lib.runs import record as write_record
 from data.tasks import load_task
 from data.tokenizer import load_tokenizer, to_foreign
 from model import PRESETS, Config, Transformer, shift_right
@@ -641,7 +641,7 @@ def quantize(g, ranges, known=None):
 # Files
 
 def write(model, folder, precision, objective="seq2seq"):
-    """Writes the graphs, their weights, and what data/exported.py has to know, into a folder."""
+    """Writes the graphs, their weights, and what lib/runtime.py has to know, into a folder."""
     os.makedirs(folder)
     weights = Weights(os.path.join(folder, "weights.bin"))
     if model.config.image_id >= 0:
@@ -716,7 +716,7 @@ def calibrate(folder, names, batch):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Weights of others -> a Transformer. data/families.py knows their names.
+# Weights of others -> a Transformer. lib/weights.py knows their names.
 
 def load_foreign(name):
     """"hf:FOLDER_OR_ID" (Llama family, safetensors) or "mu:FILE" (the paper's released checkpoint; a folder: its model with pictures) -> the model, with its own vocabulary and

@@ -15,11 +15,11 @@ import os
 import sys
 from dataclasses import dataclass
 
-from data.cli import UserError, parse, script, setting
-from data.exported import Exported, Static, is_export, read_about
+from lib.settings import UserError, parse, script, setting
+from lib.runtime import Exported, Static, is_export, read_about
 from data.objectives import fill_spans
 from data.pairs import IMAGE, encode_sources
-from data.runs import newest_run, read_record
+from lib.runs import newest_run, read_record
 from data.tokenizer import N_SENTINELS, load_tokenizer
 
 MASK = "<mask>"

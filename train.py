@@ -33,13 +33,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data.cli import UserError, given, parse, script, setting
+from lib.settings import UserError, given, parse, script, setting
 from data.corpus import prepare
-from data.families import PREFIXES
+from lib.weights import PREFIXES
 from data.metrics import score
 from data.objectives import Objective, fill_spans, uniforms
 from data.pairs import ByLength, Pairs, train_pair_tokenizer
-from data.runs import Log, free_folder, read_record, record
+from lib.runs import Log, free_folder, read_record, record
 from data.tasks import evaluation_texts, is_task, load_task
 from data.tokenizer import load_tokenizer
 from model import PRESETS, Block, Transformer, has_bf16, make_config, read_config, read_metadata

@@ -34,13 +34,13 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 
 import train
-from data.cli import UserError, given, script, setting
-from data.families import local_folder, read_about, weight_files
+from lib.settings import UserError, given, script, setting
+from lib.weights import local_folder, read_about, weight_files
 from data.images import CLIP_MEAN, CLIP_STD, FILE, VisionConfig, in_table, layout, read_vision, token_orders
 from data.metrics import score
 from data.pairs import IMAGE, train_pair_tokenizer
 from data.picture_tasks import TASKS, PicturePairs, load_picture_task
-from data.runs import write_json
+from lib.runs import write_json
 from data.tokenizer import load_tokenizer
 from model import ModelError, Transformer, attend, read_config
 from train import Finetuning, answers, evenly, launch, new_config, parent_model, read_settings, resolve, to_device

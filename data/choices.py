@@ -1,7 +1,7 @@
 """Multiple-choice questions for scoring pretrained runs by likelihood: MMLU and ARC, from the Hub or a local copy. Needs no torch."""
 import os
 
-from data.cli import UserError
+from lib.settings import UserError
 from data.tasks import json_lines
 
 CHOICES = {"mmlu": ("cais/mmlu", "all"), "arc_easy": ("allenai/ai2_arc", "ARC-Easy"), "arc_challenge": ("allenai/ai2_arc", "ARC-Challenge")}

@@ -15,9 +15,9 @@ import sysconfig
 import numpy as np
 from tqdm import tqdm
 
-from data.cli import UserError
+from lib.settings import UserError
 from data.decontaminate import Contamination, clean
-from data.runs import write_json
+from lib.runs import write_json
 from data.tokenizer import load_tokenizer, train_tokenizer
 
 CACHE = os.environ.get("NANOENCDEC_CACHE", os.path.join(os.path.dirname(os.path.abspath(__file__)), "cache"))

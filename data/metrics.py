@@ -3,7 +3,7 @@ import collections
 import re
 import string
 
-from data.cli import UserError
+from lib.settings import UserError
 
 
 def words_f1(prediction, reference):

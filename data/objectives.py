@@ -7,7 +7,7 @@ A row is a pure function of (seed, step, its number in the global batch): `unifo
 """
 import numpy as np
 
-from data.cli import UserError
+from lib.settings import UserError
 from data.tokenizer import N_SENTINELS
 
 # UL2 (Tay et al., 2022, table 1 and section 3.1.2): (share of the text that is noise, mean length of a span). The

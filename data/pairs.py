@@ -4,7 +4,7 @@ import threading
 
 import numpy as np
 
-from data.cli import UserError
+from lib.settings import UserError
 from data.objectives import join, pad_rows
 from data.tokenizer import train_tokenizer
 

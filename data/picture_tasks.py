@@ -16,7 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from data import metrics
-from data.cli import UserError
+from lib.settings import UserError
 from data.corpus import open_rows, split_files
 from data.images import layout, n_tokens, open_image, prepare_image, size_by_header
 from data.pairs import IMAGE, Pairs, encode_sources

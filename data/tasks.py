@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import data.corpus
 from data import metrics
-from data.cli import UserError
+from lib.settings import UserError
 from data.corpus import open_rows, python_files, split_files
 
 VAL_EVERY = 20  # where a data set brings no held-out split, every 20th row is held out

@@ -13,8 +13,8 @@ import hashlib
 import json
 import os
 
-from data.cli import UserError
-from data.runs import write_json
+from lib.settings import UserError
+from lib.runs import write_json
 
 # GPT-4's rule for cutting text into words before merging, with numbers in groups of up to two digits instead of three:
 # a small vocabulary has better uses for its slots. Trainer and encoder share this one string.

@@ -11,9 +11,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need a network
 
 import torch
 
-import data.cli
+import lib.settings
 import data.corpus
-import data.runs
+import lib.runs
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
@@ -35,8 +35,8 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture(autouse=True)
 def few_plots(monkeypatch):
     """loss.png once a folder: drawing takes longer than the training of these runs."""
-    draw = data.runs.Log.plot
-    monkeypatch.setattr(data.runs.Log, "plot", lambda self, metric=None: os.path.exists(self.path.replace("log.jsonl", "loss.png")) or draw(self, metric))
+    draw = lib.runs.Log.plot
+    monkeypatch.setattr(lib.runs.Log, "plot", lambda self, metric=None: os.path.exists(self.path.replace("log.jsonl", "loss.png")) or draw(self, metric))
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def call(main, argv, monkeypatch, capsys):
     capsys.readouterr()
     status = 0
     try:
-        data.cli.script(main)
+        lib.settings.script(main)
     except SystemExit as stop:
         status = stop.code or 0
     out, err = capsys.readouterr()

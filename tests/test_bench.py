@@ -203,7 +203,7 @@ def test_compare_bad_input(argv, says, monkeypatch, capsys):
 
 
 def test_choices_bad_input(tmp_path):
-    from data.cli import UserError
+    from lib.settings import UserError
     for record in (dict(MMLU, answer=2), dict(MMLU, choices=[1, 2]), dict(ARC, answerKey="C"), dict(question="x")):
         path = write(tmp_path / "bad.jsonl", json.dumps(record) + "\n")
         with pytest.raises(UserError, match="row 1 is no multiple-choice question"):

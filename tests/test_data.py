@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import data.corpus as C
-from data.cli import UserError
+from lib.settings import UserError
 from data.corpus import Tokens, prepare
 from data.decontaminate import Contamination
 from data.objectives import UL2, Objective, fill_spans, span_plan, uniforms

@@ -16,7 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 import data.corpus
 import distill
 import train
-from data.cli import parse
+from lib.settings import parse
 from data.pairs import Pairs
 from data.tokenizer import Tokenizer, load_tokenizer
 from distill import Distillation, ForeignTeacher, Kept, OwnTeacher, Settings, divergence, in_chunks, with_rest

@@ -13,8 +13,8 @@ import export
 import sample
 import train
 from conftest import ROOT, TINY_DEC, TINY_ENC, call, one_line
-from data.exported import Exported, Request, Static, pick
-from data.cli import UserError
+from lib.runtime import Exported, Request, Static, pick
+from lib.settings import UserError
 from test_model import tiny
 
 CONFIGS = {

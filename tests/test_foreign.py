@@ -17,9 +17,9 @@ import export
 import sample
 import train
 from conftest import TINY_DEC, TINY_ENC, call, one_line
-from data.cli import UserError
-from data.exported import Exported
-from data.runs import read_record
+from lib.settings import UserError
+from lib.runtime import Exported
+from lib.runs import read_record
 from data.tokenizer import Tokenizer, load_tokenizer, merges_of, train_tokenizer
 from model import ModelError
 from vision import load_model

@@ -12,7 +12,7 @@ import torch
 import sample
 import train
 from conftest import TINY_DEC, TINY_ENC, call, one_line
-from data.runs import newest_run
+from lib.runs import newest_run
 from data.tokenizer import Tokenizer
 from model import Config, Transformer
 from sample import Printer, beam_search, encode_prompt

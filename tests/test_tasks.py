@@ -10,7 +10,7 @@ from conftest import TINY_DEC, TINY_ENC, call, one_line
 
 import data.tasks
 from data import metrics
-from data.cli import UserError
+from lib.settings import UserError
 from data.pairs import ByLength, Pairs
 from data.tasks import docstring_rows, is_task, load_task, names_rows
 from data.tokenizer import Tokenizer

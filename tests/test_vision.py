@@ -19,8 +19,8 @@ import sample
 import vision
 from conftest import ROOT, call, one_line
 from data import images, metrics, picture_tasks
-from data.cli import UserError
-from data.exported import Exported
+from lib.settings import UserError
+from lib.runtime import Exported
 from data.images import VisionConfig, layout, n_tokens, open_image, prepare_image, token_order, token_places
 from data.pairs import IMAGE, encode_sources
 from data.pictures import Drawn, picture_rows, rows_of_picture, split_of

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from data.cli import UserError
+from lib.settings import UserError
 
 FILE = "export.json"
 

@@ -8,7 +8,7 @@ import json
 import math
 import os
 
-from data.cli import UserError
+from lib.settings import UserError
 
 FAMILIES = {"llama": {}, "mistral": {}, "qwen2": dict(qkv_bias=True), "qwen3": dict(qk_norm=True), "phi3": dict(qkv_bias=False)}
 ROPES = ("default", "linear", "llama3", "longrope")

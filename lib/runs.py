@@ -7,7 +7,7 @@ import platform
 import shutil
 import sys
 
-from data.cli import UserError
+from lib.settings import UserError
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -25,10 +25,10 @@ def free_folder(name, chosen):
 
 def record(folder, settings, versions, **more):
     """Writes run.json (command, settings, versions) and copies the source that runs into source/."""
-    for path in [path for part in ("*.py", "data/*.py") for path in glob.glob(os.path.join(glob.escape(ROOT), part))]:
-        target = os.path.join(folder, "source", os.path.relpath(path, ROOT))
+    for name in [*glob.glob("*.py", root_dir=ROOT), *glob.glob("data/*.py", root_dir=ROOT), *glob.glob("lib/*.py", root_dir=ROOT)]:
+        target = os.path.join(folder, "source", name)
         os.makedirs(os.path.dirname(target), exist_ok=True)
-        shutil.copyfile(path, target)
+        shutil.copyfile(os.path.join(ROOT, name), target)
     versions = dict(python=platform.python_version(), machine=f"{platform.machine()}, {os.cpu_count()} cores", **versions)
     write_json(os.path.join(folder, "run.json"), dict(command=sys.argv, settings=settings, versions=versions, **more))
 
