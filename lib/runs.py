@@ -59,7 +59,7 @@ def locked(folder):
         raise UserError(f"{folder} is in use by another process: wait for it or stop it") from None
     try:
         for path in glob.glob(os.path.join(glob.escape(folder), UNFINISHED + "*")):
-            os.remove(path)
+            shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
         yield
     finally:
         os.close(handle)
@@ -119,16 +119,26 @@ def newest_run():
 # Checkpoints
 
 
+def save_model(folder, model, weights="model.safetensors", **metadata):
+    """model.save into a fresh folder beside, then each file takes its place at once and whole."""
+    with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=folder) as new:
+        model.save(new, weights, **metadata)
+        for name in os.listdir(new):
+            with open(os.path.join(new, name), "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(os.path.join(new, name), os.path.join(folder, name))
+
+
 def save_checkpoint(folder, model, optimizers, state):
     """Writes train_state.pt, from which a run is resumed: weights, optimizers and `state`, whole or
-    not at all. Then model.safetensors with the same weights, which is what everything else loads."""
+    not at all. Then model.safetensors with the same weights, which everything else loads."""
     import torch
 
     state = dict(state, model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers])
     with explained(folder, state["step"]):
         with replacing(os.path.join(folder, "train_state.pt")) as new:
             torch.save(state, new)
-        model.save(folder, step=str(state["step"]))
+        save_model(folder, model, step=str(state["step"]))
 
 
 def load_checkpoint(folder):
@@ -149,7 +159,7 @@ def load_checkpoint(folder):
 def save_best(folder, model, step):
     """Writes best.safetensors, which Transformer.load prefers to the last weights."""
     with explained(folder, step):
-        model.save(folder, "best.safetensors", step=str(step))
+        save_model(folder, model, "best.safetensors", step=str(step))
 
 
 @contextlib.contextmanager

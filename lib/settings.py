@@ -17,7 +17,7 @@ class UserError(Exception):
 
 def setting(default, help, choices=None, type=None, low=0, high=2**31 - 1):
     """A field of a settings dataclass. A default of None means: decided later, as `help` says.
-    Numbers must lie from `low` to `high`, both included; `type` is needed where the default is None."""
+    Numbers must lie from `low` to `high`, both included; a default of None needs a `type`."""
     metadata = dict(help=help, choices=choices, type=type, low=low, high=high)
     return dataclasses.field(default=default, metadata=metadata)
 

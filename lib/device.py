@@ -1,0 +1,285 @@
+"""The machine: device, precision, processes, and what makes a CPU fast. None of it is needed to
+understand a training step."""
+
+import contextlib
+import ctypes
+import functools
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+
+from lib.settings import UserError
+from model import Attention, scaled_dot_product
+
+
+def start(cfg):
+    """From the keys device, dtype, threads, seed and, where there is one, compile: the World."""
+    if cfg.threads > (os.cpu_count() or 1):
+        raise UserError(f"--threads={cfg.threads}: this machine has {os.cpu_count()} cores")
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    keep_memory()
+    torch.manual_seed(cfg.seed)
+    return World(cfg)
+
+
+class World:
+    """This process among all: rank, size, device, dtype of the matrix products, whether to
+    compile."""
+
+    def __init__(self, cfg):
+        self.rank = int(os.environ.get("RANK", 0))
+        self.size = int(os.environ.get("WORLD_SIZE", 1))
+        self.device = find_device(cfg.device)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+            torch.set_float32_matmul_precision("high")
+        if self.size > 1 and not dist.is_initialized():
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            # The others wait while the first process tokenizes, which can take hours.
+            dist.init_process_group(backend, timeout=timedelta(days=2))
+        self.dtype = find_dtype(cfg.dtype, self.device)
+        wanted = getattr(cfg, "compile", "false")
+        minutes = getattr(cfg, "max_minutes", None) or 0
+        # Compiling takes half a minute on a CPU, and trains 1.4 times as fast after that.
+        cpu_pays = self.device.type == "cpu" and minutes > 2 and shutil.which("g++") is not None
+        pays = self.device.type == "cuda" or cpu_pays
+        self.compile = wanted == "true" or (wanted == "auto" and pays)
+
+    def autocast(self):
+        """Around every forward pass."""
+        bf16 = self.dtype == torch.bfloat16
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
+
+    def say(self, text):
+        """A line on standard error, by the first process."""
+        if self.rank == 0:
+            from tqdm import tqdm
+
+            tqdm.write(text, file=sys.stderr)
+
+    def sum(self, *numbers):
+        """Sums of numbers over all processes."""
+        if self.size == 1:
+            return numbers
+        total = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return tuple(total.tolist())
+
+    def agree(self, value):
+        """The first process's value, for all. Also waits for all."""
+        values = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(values)
+        return values[0]
+
+    def gather(self, value):
+        """Every process's value, in a list."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def sum_gradients(self, params):
+        """Sums the gradients over all processes, in one message, once a step."""
+        if self.size == 1:
+            return
+        grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in params]
+        flat = torch.cat([g.flatten() for g in grads])
+        dist.all_reduce(flat)
+        for p, part in zip(params, flat.split([g.numel() for g in grads])):
+            p.grad = part.view_as(p)
+
+    def stop(self):
+        if self.size > 1:
+            dist.destroy_process_group()
+
+
+def find_device(name):
+    """The torch.device of --device; auto takes CUDA, then MPS, then the CPU."""
+    kind = name
+    if kind == "auto":
+        mps = "mps" if torch.backends.mps.is_available() else "cpu"
+        kind = "cuda" if torch.cuda.is_available() else mps
+    try:
+        device = torch.device(kind)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UserError(
+            f"--device={name} cannot be used here (torch {torch.__version__}, CUDA available: "
+            f"{torch.cuda.is_available()}); use --device=cpu or auto"
+        ) from None
+    return device
+
+
+def find_dtype(name, device):
+    """The torch.dtype of --dtype; auto is bfloat16 where the device multiplies it in hardware."""
+    if name == "auto":
+        return torch.bfloat16 if has_bf16(device) else torch.float32
+    return getattr(torch, name)
+
+
+def has_bf16(device):
+    """Whether a device multiplies bfloat16 in hardware; emulated, it is slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False
+    flags = cpu_flags()
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+@functools.cache
+def cpu_flags():
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return frozenset(file.read().split())
+    except OSError:
+        return frozenset()
+
+
+def keep_memory():
+    """Tells glibc to keep freed memory for the next tensor. By default it hands large blocks back
+    to the system, which zeroes their pages when they are wanted again, at every step: 7% of the
+    training time of 30 M parameters on a CPU."""
+    with contextlib.suppress(OSError, AttributeError):  # another libc
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block of its own for a large tensor
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep what is free
+
+
+# ----------------------------------------------------------------------------------------------
+# A CPU's ways, put around the model
+
+
+def cpu_attention(q, k, v, mask, causal):
+    """The same as model.scaled_dot_product. In bfloat16, torch's fused kernel does not use the
+    CPU's matrix units, so the formula written out is twice as fast. Where no mask depends on the
+    query, a group's query heads are laid out along T: up to six times as fast as GQA in torch."""
+    B, H, T, D = q.shape
+    if T > 1 and q.dtype == torch.bfloat16:
+        with torch.autocast("cpu", enabled=False):  # which would compute softmax in float32
+            k, v = k.to(q.dtype), v.to(q.dtype)  # a cache keeps the weights' type
+            scores = (q * D**-0.5).reshape(B, k.size(1), -1, D) @ k.mT  # (B, H_kv, H/H_kv T, S)
+            if causal:
+                mask = torch.ones(T, T, dtype=torch.bool).tril()[None, None]
+            if mask is not None:
+                masked = scores.view(B, H, T, -1).masked_fill(~mask, -torch.inf)
+                scores = masked.view_as(scores)
+            return (scores.softmax(-1) @ v).reshape(B, H, T, D)
+    if not causal and (mask is None or mask.size(2) == 1):
+        grouped = q.reshape(B, k.size(1), -1, D)
+        return F.scaled_dot_product_attention(grouped, k, v, mask).reshape(B, H, T, D)
+    return scaled_dot_product(q, k, v, mask, causal)
+
+
+def tune(model):
+    """Chooses the attention kernel for the device that the model is on."""
+    fast = model.embed.weight.device.type == "cpu"
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.kernel = cpu_attention if fast else scaled_dot_product
+    return model
+
+
+def pack(model):
+    """Once before generating: where this CPU multiplies bfloat16, keeps a second copy of the
+    decoder's matrices in the blocks that oneDNN reads fastest, 1.5 times the tokens/s. A packed
+    model cannot be trained. Returns the model."""
+    weight = model.embed.weight
+    bf16 = weight.dtype == torch.bfloat16 and has_bf16(weight.device)
+    if weight.device.type != "cpu" or not bf16:
+        return model
+    head = model.head or model.embed
+    for module in [*model.dec.modules()]:
+        if isinstance(module, nn.Linear):
+            module.forward = packed_linear(module.weight, module.bias)
+    model.logits = packed_linear(head.weight, None)
+    return model
+
+
+def packed_linear(weight, bias):
+    """A function that multiplies by a packed copy of `weight`: the operator of torch.compile."""
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+
+    def linear(x):
+        return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+
+    return linear
+
+
+def compile_parts(model, dynamic):
+    """Compiles each block and the loss by itself: blocks of one kind share their code, so that 48
+    layers compile as fast as one. dynamic: shapes differ from batch to batch."""
+    for block in [*model.enc, *model.dec]:
+        block.compile(dynamic=dynamic)
+    model.loss = torch.compile(model.loss, dynamic=dynamic)
+
+
+# ----------------------------------------------------------------------------------------------
+# Speed
+
+
+def flops(cfg, src_len, tgt_len):
+    """FLOPs of one forward pass of a model with this Config over one row, a multiply-add counted as
+    two; training costs three times that. Causal attention is counted in full, as most papers do."""
+    C, look = cfg.n_embd, 4 * cfg.n_head * cfg.head_dim  # look: of one query at one key and value
+    queries, keys = C * look, 4 * C * cfg.n_kv_head * cfg.head_dim  # of one token
+    mlp = (6 if cfg.mlp == "swiglu" else 4) * C * cfg.n_hidden
+    enc = cfg.n_enc * src_len * (queries + keys + mlp + look * src_len)
+    dec = cfg.n_dec * tgt_len * (queries + keys + mlp + look * tgt_len)
+    if cfg.n_enc:
+        dec += cfg.n_dec * (src_len * keys + tgt_len * (queries + look * src_len))
+    return enc + dec + 2 * tgt_len * C * cfg.vocab_size
+
+
+@functools.cache
+def matmul_rate(device, dtype):
+    """What the device's matrix products reach, FLOP/s: the makers' figure for known GPUs, else
+    measured here."""
+    known = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}
+    known |= {"4090": 165e12, "3090": 71e12, "A6000": 155e12}
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        name = torch.cuda.get_device_name(device)
+        for part, rate in known.items():
+            if part in name:
+                return rate
+    a = torch.randn(2048, 2048, device=device, dtype=dtype)
+    best = math.inf
+    for _ in range(4):
+        begin = time.perf_counter()
+        (a @ a)[0, 0].item()  # .item() waits for the device
+        best = min(best, time.perf_counter() - begin)
+    return 2 * 2048**3 / best
+
+
+@contextlib.contextmanager
+def catch_signals():
+    """Ctrl-C and SIGTERM are collected in a list, for the loop to see between steps; a second one
+    stops at once."""
+    caught = []
+
+    def note(number, frame):
+        if caught:
+            sys.exit(128 + number)
+        caught.append(number)
+
+    old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
