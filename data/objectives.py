@@ -1,56 +1,67 @@
-"""Pretraining objectives: rows of token ids in, batches out, without a loop over rows or tokens. Needs no torch.
+"""Pretraining objectives: windows of token ids in, sources and targets out. Needs no torch.
 
-A batch is (src, src_mask, tgt, loss_mask), numpy arrays (B, S) and (B, T); src and src_mask are None for a decoder-only
-model, whose tgt is prompt and answer in one; src_mask is None where no row is padded. Targets are not shifted here.
+To add one, write a class like those below and put it into OBJECTIVES. It has
+    help             what it asks of the model, in one line
+    window           tokens of text that a row needs, set when it is made
+    rows(ids, u)     sources and targets of ids (B, window), by chance u (B, n_random) in [0, 1)
+    prompt(...)      how sample.py asks a model that was trained with it
 
-A row is a pure function of (seed, step, its number in the global batch): `uniforms` is the only source of randomness.
+A batch is (src, tgt, loss_mask), numpy arrays (B, S), (B, T), (B, T): ids padded on the right, and
+True where a target counts. src is None for a decoder-only model, whose tgt is source, separator
+and target in one. Targets are not shifted here.
+
+A row is a pure function of seed, step and its number in the global batch: `uniforms` is the only
+source of chance.
 """
+
 import numpy as np
 
-from lib.settings import UserError
 from data.tokenizer import N_SENTINELS
+from lib.settings import UserError
 
-# UL2 (Tay et al., 2022, table 1 and section 3.1.2): (share of the text that is noise, mean length of a span). The
-# eighth is the sequential denoiser: a prefix, then the rest of the window.
-UL2 = [(0.15, 3), (0.15, 8), (0.5, 3), (0.5, 8), (0.15, 64), (0.5, 64), "prefix"]
+MASK = "<mask>"  # a hole in a prompt
 
 
 def uniforms(seed, step, rows, n):
-    """(len(rows), n) numbers in [0, 1) from a counter-based generator: each row's are its own, whoever asks for them."""
-    return np.stack([np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, row, step])).random(n) for row in rows])
+    """(len(rows), n) numbers in [0, 1) from a counter-based generator: a row's are its own."""
+    made = [np.random.Philox(key=seed, counter=[0, 0, row, step]) for row in rows]
+    return np.stack([np.random.Generator(one).random(n) for one in made])
 
 
-def span_plan(src_len, tgt_len, noise=0.15, mean_span=3):
-    """The longest text whose corrupted form fits src_len encoder and tgt_len decoder tokens (T5: Raffel et al., 2020,
-    section 3.1.4). Returns (text, noise tokens, spans, source tokens, target tokens), all fixed, so that no row is padded:
-    source = text - noise + spans + end, target = noise + spans + end. At 1024 and 256: (1137, 171, 57, 1024, 229)."""
+def span_plan(src_len, tgt_len, noise, mean_span):
+    """The longest text whose corrupted form fits src_len and tgt_len (T5: Raffel et al., 2020,
+    section 3.1.4). Returns (text, noise tokens, spans), all fixed, so that no row is padded:
+    source = text - noise + spans + end, target = noise + spans + end."""
     best = None
     for text in range(2, 2 * (src_len + tgt_len)):
         n_noise = min(max(round(text * noise), 1), text - 1)
         n_spans = min(max(round(n_noise / mean_span), 1), n_noise, text - n_noise, N_SENTINELS)
-        plan = (text, n_noise, n_spans, text - n_noise + n_spans + 1, n_noise + n_spans + 1)
-        if plan[3] <= src_len and plan[4] <= tgt_len:
-            best = plan
+        if text - n_noise + n_spans + 1 <= src_len and n_noise + n_spans + 1 <= tgt_len:
+            best = text, n_noise, n_spans
     if best is None:
-        raise UserError(f"--src_len={src_len} --tgt_len={tgt_len} is too short for span corruption: use at least 8 and 4")
+        raise UserError(
+            f"--src_len={src_len} --tgt_len={tgt_len} is too short for span corruption: use at "
+            "least 8 and 4"
+        )
     return best
 
 
 def split_evenly(total, parts, u):
-    """Cuts `total` into `parts` positive lengths, uniformly over all ways to do so; u (B, at least total - 1) in [0, 1).
-    Returns (B, parts)."""
-    cuts = np.sort(np.argsort(u[:, :total - 1], axis=1, kind="stable")[:, :parts - 1], axis=1) + 1
+    """Cuts `total` into `parts` positive lengths (B, parts), uniformly over all ways to do so; u
+    (B, at least total - 1)."""
+    order = np.argsort(u[:, : total - 1], axis=1, kind="stable")
+    cuts = np.sort(order[:, : parts - 1], axis=1) + 1
     ends = np.concatenate([cuts, np.full((len(u), 1), total)], axis=1)
     return np.diff(ends, axis=1, prepend=0)
 
 
 def corrupt(ids, n_noise, n_spans, u, tokenizer):
-    """Span corruption of ids (B, L): n_spans spans, n_noise tokens in all, each replaced by one sentinel in the source and
-    spelled out behind that sentinel in the target; both end with end-of-sequence. u (B, L - 2) in [0, 1)."""
+    """Span corruption of ids (B, L): n_spans spans, n_noise tokens in all, each replaced by one
+    sentinel in the source and spelled out behind that sentinel in the target. u (B, L - 2)."""
     B, L = ids.shape
     noise = split_evenly(n_noise, n_spans, u)
-    text = split_evenly(L - n_noise, n_spans, u[:, n_noise - 1:])  # text comes first, noise last: T5's order
-    pieces = np.stack([text, noise], axis=2).reshape(B, -1)  # (B, 2 n_spans) lengths
+    text = split_evenly(L - n_noise, n_spans, u[:, n_noise - 1 :])
+    pieces = np.stack([text, noise], axis=2).reshape(B, -1)  # (B, 2 n_spans) lengths, text first
     starts = np.cumsum(pieces, axis=1) - pieces
     piece = np.zeros((B, L), dtype=np.int64)
     np.put_along_axis(piece, starts[:, 1:], 1, axis=1)
@@ -60,15 +71,111 @@ def corrupt(ids, n_noise, n_spans, u, tokenizer):
     end = np.full((B, 1), tokenizer.eos)
     src = np.where(is_noise, sentinel, ids)[~is_noise | first].reshape(B, -1)
     # Every noise token gives one column, every first noise token one more before it.
-    pairs = np.stack([sentinel, ids], axis=2)
-    keep = np.stack([is_noise & first, is_noise], axis=2)
-    tgt = pairs[keep].reshape(B, -1)
+    both = np.stack([sentinel, ids], axis=2)
+    tgt = both[np.stack([is_noise & first, is_noise], axis=2)].reshape(B, -1)
     return np.concatenate([src, end], axis=1), np.concatenate([tgt, end], axis=1)
 
 
+class Span:
+    help = "span corruption: tells what stood in the holes of its source"
+
+    def __init__(self, tokenizer, src_len, tgt_len, noise=0.15, mean_span=3):
+        self.tokenizer = tokenizer
+        self.plan = span_plan(src_len, tgt_len, noise, mean_span)
+        self.window = self.n_random = self.plan[0]
+
+    def rows(self, ids, u):
+        text, n_noise, n_spans = self.plan
+        return corrupt(ids[:, :text], n_noise, n_spans, u[:, : text - 2], self.tokenizer)
+
+    @staticmethod
+    def prompt(text, tokenizer):
+        """Every <mask> is a hole; a text without one gets one at its end."""
+        parts = (text if MASK in text else text + MASK).split(MASK)
+        if len(parts) - 1 > N_SENTINELS:
+            raise UserError(f"the prompt has {len(parts) - 1} {MASK}, at most {N_SENTINELS} differ")
+        ids = tokenizer.encode(parts[0])
+        for hole, part in enumerate(parts[1:]):
+            ids += [tokenizer.sentinel(hole), *tokenizer.encode(part)]
+        return [*ids, tokenizer.eos]
+
+
+class Prefix:
+    help = "prefix LM: goes on where its source ends"
+
+    def __init__(self, tokenizer, src_len, tgt_len):
+        self.window, self.n_random, self.tgt_len = src_len + tgt_len, 1, tgt_len
+
+    def rows(self, ids, u):
+        cuts = 1 + (u[:, 0] * (ids.shape[1] - self.tgt_len)).astype(int)  # 1 .. src_len
+        sources = [row[:cut] for row, cut in zip(ids, cuts)]
+        return sources, [row[cut : cut + self.tgt_len] for row, cut in zip(ids, cuts)]
+
+    @staticmethod
+    def prompt(text, tokenizer):
+        return tokenizer.encode(text)
+
+
+class Causal:
+    help = "the next token, everywhere; for --arch=dec"
+
+    def __init__(self, tokenizer, src_len, tgt_len):
+        self.window, self.n_random = src_len + tgt_len, 1
+
+    def rows(self, ids, u):
+        return None, ids
+
+    prompt = Prefix.prompt
+
+
+class UL2:
+    """Tay et al., 2022, table 1 and section 3.1.2: seven denoisers, drawn for each row."""
+
+    help = "UL2's mixture of span corruptions, short and long, and prefix LM"
+    denoisers = [(0.15, 3), (0.15, 8), (0.5, 3), (0.5, 8), (0.15, 64), (0.5, 64)]
+
+    def __init__(self, tokenizer, src_len, tgt_len):
+        self.parts = [Span(tokenizer, src_len, tgt_len, *denoiser) for denoiser in self.denoisers]
+        self.parts.append(Prefix(tokenizer, src_len, tgt_len))
+        self.window = max(part.window for part in self.parts)
+        self.n_random = 1 + self.window
+
+    def rows(self, ids, u):
+        chosen = (u[:, 0] * len(self.parts)).astype(int)
+        made = [self.parts[k].rows(ids[b : b + 1], u[b : b + 1, 1:]) for b, k in enumerate(chosen)]
+        return [source[0] for source, _ in made], [target[0] for _, target in made]
+
+    @staticmethod
+    def prompt(text, tokenizer):
+        return (Span if MASK in text else Prefix).prompt(text, tokenizer)
+
+
+class Seq2seq:
+    """Rows of a task, which data/sets.py batches; here is how it is asked."""
+
+    help = "a task: answers its source"
+
+    @staticmethod
+    def prompt(text, tokenizer):
+        return [*tokenizer.encode(text), tokenizer.eos]
+
+
+OBJECTIVES = dict(span=Span, prefix=Prefix, causal=Causal, ul2=UL2, seq2seq=Seq2seq)
+
+
+def make_prompt(name, text, tokenizer, decoder_only):
+    """Ids that a model trained with this objective is asked with: the encoder's source or,
+    decoder-only, the beginning of the sequence."""
+    ids = OBJECTIVES[name].prompt(text, tokenizer)
+    if not ids:
+        raise UserError("the prompt is empty")
+    return ids + [tokenizer.sep] * (decoder_only and name != "causal")
+
+
 def fill_spans(src, tgt, tokenizer):
-    """Puts a target's spans back at the sentinels of its source. Returns the pieces of the text in order, (ids, filled)
-    with filled True for what came from the target; a sentinel that the target does not have stays, as a piece of its own."""
+    """Puts a target's spans back at the sentinels of its source -> pieces of the text in order,
+    (ids, filled): filled is True for what came from the target. A sentinel that the target does
+    not have stays, as a piece of its own."""
     spans, current = {}, None
     for i in tgt:
         if i >= tokenizer.first_sentinel:
@@ -80,80 +187,37 @@ def fill_spans(src, tgt, tokenizer):
         if i >= tokenizer.first_sentinel:
             pieces.append((spans.get(i, [i]), i in spans))
         elif i < tokenizer.n_text:
-            if not pieces or pieces[-1][1] or pieces[-1][0][0] >= tokenizer.n_text:
-                pieces.append(([], False))
-            pieces[-1][0].append(i)
+            pieces.append(([i], False))
     return pieces
 
 
 def pad_rows(rows, width, pad):
-    """List of id arrays -> (ids (B, width), mask (B, width) True at real tokens)."""
+    """List of id arrays -> ids (B, width), and a mask, True at real tokens."""
     mask = np.arange(width)[None] < np.array([len(row) for row in rows])[:, None]
     ids = np.full(mask.shape, pad, dtype=np.int64)
     ids[mask] = np.concatenate(rows)
     return ids, mask
 
 
-def join(sources, targets, tokenizer, width=None):
-    """Decoder-only: source, separator, target in one sequence, padded on the right to `width` or to the longest; the loss
-    is on the target alone. Returns a batch."""
-    rows = [np.concatenate([src, [tokenizer.sep], tgt]) for src, tgt in zip(sources, targets)]
-    ids, real = pad_rows(rows, width or max(map(len, rows)), tokenizer.pad)
-    starts = np.array([len(src) + 1 for src in sources])[:, None]
-    return None, None, ids, real & (np.arange(ids.shape[1])[None] >= starts)
+def count_tokens(batch, pad):
+    """Real tokens of a batch, source and target."""
+    return sum(int((ids != pad).sum()) for ids in batch[:2] if ids is not None)
 
 
-class Objective:
-    """How windows of text become batches. `window` is the text each row needs, in tokens."""
-
-    def __init__(self, name, tokenizer, src_len, tgt_len, decoder_only, noise=0.15, mean_span=3):
-        self.name, self.tokenizer, self.decoder_only = name, tokenizer, decoder_only
-        self.src_len, self.tgt_len = src_len, tgt_len
-        if name == "causal" and not decoder_only:
-            raise UserError("--objective=causal has no source and is for --arch=dec; use span, prefix or ul2 with encdec")
-        if name != "causal" and src_len < 1:
-            raise UserError(f"--src_len={src_len}: --objective={name} needs a source")
-        # A decoder-only sequence has a separator between source and target, so one token less of source.
-        room = src_len - (decoder_only and name != "causal")
-        self.plans = {"span": [(noise, mean_span)], "prefix": ["prefix"], "causal": [], "ul2": UL2}[name]
-        self.plans = [plan if plan == "prefix" else span_plan(room, tgt_len, *plan) for plan in self.plans]
-        prefix = room + tgt_len
-        self.window = max([prefix if plan == "prefix" else plan[0] for plan in self.plans], default=src_len + tgt_len)
-        self.n_random = max(self.window, 2)
-
-    def describe(self):
-        if self.name == "causal":
-            return f"causal: rows of {self.window} tokens, every one a target"
-        lines = {"span": "span corruption", "prefix": "prefix LM", "ul2": "UL2's mixture"}[self.name] + ": "
-        if self.name == "span":
-            text, noise, spans, src, tgt = self.plans[0]
-            return lines + (f"{text} tokens of text give {src} of source (of {self.src_len}) and {tgt} of target (of "
-                            f"{self.tgt_len}), {noise} of them text in {spans} spans; no padding")
-        return lines + f"windows of {self.window} tokens; rows are padded to {self.src_len} of source and {self.tgt_len} of target"
-
-    def batch(self, ids, u):
-        """ids (B, window) of text and u (B, n_random) in [0, 1) -> (src, src_mask, tgt, loss_mask)."""
-        if self.name == "causal":
-            return None, None, ids, np.ones(ids.shape, dtype=bool)
-        if self.name == "span":
-            _, noise, spans, _, _ = self.plans[0]
-            src, tgt = corrupt(ids, noise, spans, u[:, 1:], self.tokenizer)
-            if self.decoder_only:
-                return join(src, tgt, self.tokenizer)
-            return src, None, tgt, np.ones(tgt.shape, dtype=bool)
-        # Rows differ in length: make each, then pad to the settings' lengths, so that shapes stay fixed.
-        chosen = (u[:, 0] * len(self.plans)).astype(int)
-        pairs = [self.one(ids[b:b + 1], self.plans[k], u[b:b + 1, 1:]) for b, k in enumerate(chosen)]
-        sources, targets = [src for src, _ in pairs], [tgt for _, tgt in pairs]
-        if self.decoder_only:
-            return join(sources, targets, self.tokenizer, self.src_len + self.tgt_len)
-        return (*pad_rows(sources, self.src_len, self.tokenizer.pad), *pad_rows(targets, self.tgt_len, self.tokenizer.pad))
-
-    def one(self, ids, plan, u):
-        """One row's source and target under one plan."""
-        if plan != "prefix":
-            text, noise, spans, _, _ = plan
-            src, tgt = corrupt(ids[:, :text], noise, spans, u[:, :text - 2], self.tokenizer)
-            return src[0], tgt[0]
-        cut = 1 + int(u[0, 0] * (ids.shape[1] - self.tgt_len))  # of 1 .. the source's room
-        return ids[0, :cut], ids[0, cut:cut + self.tgt_len]
+def make_batch(sources, targets, tokenizer, decoder_only, widths=None):
+    """(src, tgt, loss_mask) of lists of ids, padded to the longest, or to `widths` of source and
+    target. sources None: every token is a target."""
+    src_width, tgt_width = widths or (0, 0)
+    if sources is None:
+        tgt, loss_mask = pad_rows(targets, max(tgt_width, *map(len, targets)), tokenizer.pad)
+        return None, tgt, loss_mask
+    if decoder_only:
+        sep = [tokenizer.sep]
+        rows = [np.concatenate([src, sep, tgt]) for src, tgt in zip(sources, targets)]
+        width = max(src_width + tgt_width, *map(len, rows))
+        ids, real = pad_rows(rows, width, tokenizer.pad)
+        starts = np.array([len(src) + 1 for src in sources])[:, None]
+        return None, ids, real & (np.arange(width)[None] >= starts)
+    src, _ = pad_rows(sources, max(src_width, *map(len, sources)), tokenizer.pad)
+    tgt, loss_mask = pad_rows(targets, max(tgt_width, *map(len, targets)), tokenizer.pad)
+    return src, tgt, loss_mask

@@ -12,6 +12,7 @@ import sys
 import time
 from datetime import timedelta
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -66,6 +67,35 @@ class World:
             from tqdm import tqdm
 
             tqdm.write(text, file=sys.stderr)
+
+    def place(self, model):
+        """The model on this device, with the attention kernel that suits it."""
+        return tune(model.to(self.device))
+
+    def describe(self):
+        compiled = "compiled" if self.compile else "eager"
+        return (
+            f"{self.device}, {str(self.dtype)[6:]}, {compiled}, {torch.get_num_threads()} threads"
+        )
+
+    def rows(self, micro, batch_size):
+        """Numbers in the global batch of the rows of this process's micro-batch."""
+        first = (micro * self.size + self.rank) * batch_size
+        return np.arange(first, first + batch_size)
+
+    @contextlib.contextmanager
+    def first(self):
+        """The first process goes through its body before the others do."""
+        if self.size > 1 and self.rank > 0:
+            dist.barrier()
+        yield
+        if self.size > 1 and self.rank == 0:
+            dist.barrier()
+
+    def wait(self):
+        """For the device to finish, so that a step can be timed."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
 
     def sum(self, *numbers):
         """Sums of numbers over all processes."""
@@ -229,6 +259,16 @@ def compile_parts(model, dynamic):
     model.loss = torch.compile(model.loss, dynamic=dynamic)
 
 
+def eager():
+    """Around code that should not be compiled, inside a compiled model."""
+    return torch.compiler.set_stance("force_eager")
+
+
+def to_device(batch, device):
+    """numpy arrays, or None -> tensors on a device, or None."""
+    return [None if part is None else torch.from_numpy(part).to(device) for part in batch]
+
+
 # ----------------------------------------------------------------------------------------------
 # Speed
 
@@ -266,20 +306,15 @@ def matmul_rate(device, dtype):
     return 2 * 2048**3 / best
 
 
-@contextlib.contextmanager
 def catch_signals():
-    """Ctrl-C and SIGTERM are collected in a list, for the loop to see between steps; a second one
+    """A list that Ctrl-C and SIGTERM are noted in, for the loop to see between steps. A second one
     stops at once."""
     caught = []
 
     def note(number, frame):
-        if caught:
-            sys.exit(128 + number)
         caught.append(number)
+        signal.signal(number, signal.SIG_DFL)
 
-    old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, note)
+    return caught

@@ -2,6 +2,7 @@
 for checkpoints."""
 
 import contextlib
+import dataclasses
 import glob
 import json
 import os
@@ -10,7 +11,7 @@ import shutil
 import sys
 import tempfile
 
-from lib.settings import UserError, read_json
+from lib.settings import UserError, from_dict, given, read_json
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 UNFINISHED = ".new-"  # how the names of files begin that are still being written
@@ -41,28 +42,23 @@ def write_json(path, value):
         json.dump(value, file, indent=1)
 
 
-@contextlib.contextmanager
-def locked(folder):
-    """Holds a folder for this process; UserError where another one has it. A killed process leaves
-    no lock behind, and the files that it left unfinished are removed here."""
+def lock_folder(folder):
+    """Holds a folder for this process until the returned file is closed; UserError where another
+    process has it. A killed process leaves no lock behind, and the files that it left unfinished
+    are removed here."""
     try:
         import fcntl
     except ImportError:  # Windows
-        yield
-        return
+        return None
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
-    handle = os.open(os.path.join(folder, ".lock"), flags, 0o644)
+    file = os.fdopen(os.open(os.path.join(folder, ".lock"), flags, 0o644), "w")
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        os.close(handle)
         raise UserError(f"{folder} is in use by another process: wait for it or stop it") from None
-    try:
-        for path in glob.glob(os.path.join(glob.escape(folder), UNFINISHED + "*")):
-            shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
-        yield
-    finally:
-        os.close(handle)
+    for path in glob.glob(os.path.join(glob.escape(folder), UNFINISHED + "*")):
+        shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
+    return file
 
 
 def free_folder(name, chosen):
@@ -79,9 +75,42 @@ def free_folder(name, chosen):
     return free
 
 
+def new_run(name, cfg, world, train_set, valid_set, **more):
+    """Makes the folder of a new run, --out or one in out/ by this name, and returns it: run.json,
+    the tokenizer, sample rows, and the source that runs."""
+    folder = None
+    if world.rank == 0:
+        folder = free_folder(cfg.out or os.path.join("out", name), cfg.out is not None)
+        os.makedirs(folder, exist_ok=True)
+        world.lock = lock_folder(folder)
+        write_run(folder, dataclasses.asdict(cfg), f"{train_set.hash} {valid_set.hash}", **more)
+        train_set.tokenizer.save(folder)
+        write_json(os.path.join(folder, "samples.json"), valid_set.samples())
+    return world.agree(folder)
+
+
+def restore(folder, model, optimizers, train_set, valid_set, world):
+    """Puts a checkpoint into model and optimizers and returns its state. UserError where the data
+    is not what the run was begun with: it could not go on as if it had never stopped."""
+    if world.rank == 0:
+        world.lock = lock_folder(folder)
+    if read_run(folder).get("corpus") != f"{train_set.hash} {valid_set.hash}":
+        raise UserError(
+            f"the data has changed since {folder} was begun, or lies on another machine: it "
+            "cannot be resumed exactly"
+        )
+    state = load_checkpoint(folder)
+    try:
+        model.load_state_dict(state.pop("model"))
+        for optimizer, saved in zip(optimizers, state.pop("optimizers"), strict=True):
+            optimizer.load_state_dict(saved)
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder}/train_state.pt does not fit the run ({error})"[:300]) from None
+    return state
+
+
 def write_run(folder, settings, corpus, **more):
-    """Makes the folder, writes run.json, and copies the source that runs into source/. `corpus` is
-    the hash of the data, by which a resumed run knows that it is still the same."""
+    """run.json, and source/, a copy of the code. `corpus` is the hash of the data."""
     for name in [*glob.glob("*.py", root_dir=ROOT), *glob.glob("[dl]*/*.py", root_dir=ROOT)]:
         target = os.path.join(folder, "source", name)
         os.makedirs(os.path.dirname(target), exist_ok=True)
@@ -103,6 +132,25 @@ def read_run(folder):
     if type(settings) is not dict or type(settings.get("objective")) is not str:
         raise UserError(f"{path} is damaged or was not written by this project")
     return about
+
+
+def resumed(cfg, free):
+    """The settings of the run in cfg.out, with what the command line may change: the keys `free`.
+    UserError for another key that differs."""
+    if not cfg.out:
+        raise UserError("--init_from=resume needs --out=FOLDER of the run")
+    old = from_dict(type(cfg), read_run(cfg.out)["settings"], f"{cfg.out}/run.json")
+    for name in given():
+        value, was = getattr(cfg, name), getattr(old, name)
+        if name not in free and value != was:
+            raise UserError(
+                f"--{name}={value} differs from the {was} that {cfg.out} was begun with; drop it, "
+                f"or begin a new run from its weights with --init_from={cfg.out}"
+            )
+        setattr(old, name, value)
+    if old.tokenizer not in ("bpe", "gpt2", "bytes"):
+        old.tokenizer = cfg.out  # its copy: the file it came from may be gone
+    return old
 
 
 def newest_run():
@@ -129,11 +177,13 @@ def save_model(folder, model, weights="model.safetensors", **metadata):
             os.replace(os.path.join(new, name), os.path.join(folder, name))
 
 
-def save_checkpoint(folder, model, optimizers, state):
+def save_checkpoint(folder, model, optimizers, state, world):
     """Writes train_state.pt, from which a run is resumed: weights, optimizers and `state`, whole or
     not at all. Then model.safetensors with the same weights, which everything else loads."""
     import torch
 
+    if world.rank > 0:
+        return
     state = dict(state, model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers])
     with explained(folder, state["step"]):
         with replacing(os.path.join(folder, "train_state.pt")) as new:
@@ -156,8 +206,10 @@ def load_checkpoint(folder):
         raise UserError(f"{path} cannot be read: it is truncated or was altered") from None
 
 
-def save_best(folder, model, step):
+def save_best(folder, model, step, world):
     """Writes best.safetensors, which Transformer.load prefers to the last weights."""
+    if world.rank > 0:
+        return
     with explained(folder, step):
         save_model(folder, model, "best.safetensors", step=str(step))
 
@@ -187,10 +239,12 @@ def is_better(new, best, metric):
 
 class Log:
     """One JSON object a line. Resuming drops the lines written after the checkpoint, and lines that
-    a kill cut off."""
+    a kill cut off. Only the first process writes."""
 
-    def __init__(self, folder, step):
-        self.folder, self.rows = folder, []
+    def __init__(self, folder, step, world):
+        self.folder, self.rows, self.quiet = folder, [], world.rank > 0
+        if self.quiet:
+            return
         path = os.path.join(folder, "log.jsonl")
         if os.path.isfile(path):
             with open(path, encoding="utf-8", errors="replace") as file:
@@ -202,12 +256,16 @@ class Log:
 
     def add(self, row):
         row = {key: round_off(value) for key, value in row.items()}
+        if self.quiet:
+            return
         self.rows.append(row)
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
 
     def plot(self, metric=None):
         """loss.png. With the name of a metric that evaluations have: its curve, on its own axis."""
+        if self.quiet:
+            return
         import matplotlib
 
         matplotlib.use("Agg")

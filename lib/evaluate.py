@@ -1,0 +1,114 @@
+"""Held-out losses and answers of a model. The processes share the work."""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from data.metrics import score
+from data.objectives import fill_spans
+from data.sets import evenly
+from lib.device import to_device
+
+
+@torch.no_grad()
+def text_metrics(model, valid_set, n_rows, batch_size, world):
+    """val_loss, over all targets; text_loss, over those that are text; unigram, the entropy of
+    those tokens' own frequencies, which a model that ignores all context could reach; all in nats a
+    token; and bits per byte of the text."""
+    tokenizer = valid_set.tokenizer
+    length = [len(token) for token in tokenizer.ranks]
+    length = np.array(length + [0] * (tokenizer.vocab_size - len(length)))
+    counts, sums = np.zeros(len(length)), np.zeros(4)
+    for number, batch in enumerate(valid_set.held_out(n_rows, batch_size)):
+        if number % world.size != world.rank:
+            continue
+        src, tgt, loss_mask = to_device(batch, world.device)
+        with world.autocast():
+            logits = model.logits(model.states(src, tgt))
+        nll = F.cross_entropy(logits.flatten(0, 1).float(), tgt.flatten(), reduction="none")
+        # A tokenizer from elsewhere has its end-of-sequence among the ids of text.
+        text = loss_mask & (tgt < tokenizer.n_text) & (tgt != tokenizer.eos)
+        ids, nll = tgt[text].cpu().numpy(), nll.view_as(tgt).double()
+        sums += [nll[loss_mask].sum().item(), loss_mask.sum().item(), nll[text].sum().item(), 0]
+        sums[3] += length[ids].sum()
+        counts += np.bincount(ids, minlength=len(counts))
+    totals = world.sum(*sums, *counts)
+    (all_nll, n_all, text_nll, n_bytes), counts = totals[:4], np.array(totals[4:])
+    share = counts[counts > 0] / max(1, counts.sum())
+    return dict(
+        val_loss=all_nll / max(1, n_all),
+        text_loss=text_nll / max(1, counts.sum()),
+        unigram=float(-(share * np.log(share)).sum()),
+        bits_per_byte=text_nll / max(1, n_bytes) / math.log(2),
+    )
+
+
+@torch.no_grad()
+def show_text(model, valid_set, world):
+    """What the model makes of one held-out row, for people."""
+    tokenizer, objective = valid_set.tokenizer, valid_set.objective
+    src, tgt, loss_mask = next(valid_set.held_out(1, 1))
+    if src is None:  # decoder-only: what is before the first target; half of a causal row
+        start = int(loss_mask[0].argmax())
+        prompt = tgt[0, : start if start > 1 else objective.window // 2].tolist()
+    else:
+        prompt = src[0][src[0] != tokenizer.pad].tolist()
+    with world.autocast():
+        answer = [new[0] for new in model.generate([prompt], 64)]
+    if not any(id >= tokenizer.first_sentinel for id in prompt):
+        return f"{tokenizer.show(prompt[-64:])} >>> {tokenizer.decode(answer)}"
+    pieces = fill_spans(prompt, answer, tokenizer)
+    shown = [(tokenizer.show(ids), filled) for ids, filled in pieces]
+    return "".join(f"[[{text}]]" if filled else text for text, filled in shown)
+
+
+@torch.no_grad()
+def task_losses(model, pairs, rows, world):
+    """val_loss, in nats a target token, and shuffled_loss, where each target stands beside the
+    source of another row: a model that does not read its source has the same loss in both."""
+    order = sorted(rows, key=lambda row: pairs.lengths[row].sum())
+    others, sums = dict(zip(order, np.roll(order, len(order) // 2))), np.zeros(3)
+    groups = [order[i : i + 32] for i in range(0, len(order), 32)]
+    for group in groups[world.rank :: world.size]:
+        for k, sources in enumerate((group, [others[row] for row in group])):
+            src, tgt, loss_mask = to_device(pairs.batch(group, sources), world.device)
+            with world.autocast():
+                sums[k] += model(src, tgt, loss_mask).item()
+        sums[2] += int(loss_mask.sum())
+    true, shuffled, n = world.sum(*sums)
+    return dict(val_loss=true / n, shuffled_loss=shuffled / n)
+
+
+@torch.no_grad()
+def write_answers(model, pairs, rows, max_new_tokens, world, batch_size=128):
+    """Greedy answers to the sources of these rows, as texts. Without autocast, which would cast all
+    weights at every step: that takes longer than the step."""
+    order = sorted(rows, key=lambda row: len(pairs.sources[row]), reverse=True)
+    groups = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    bar = tqdm(groups[world.rank :: world.size], "answering", leave=False, mininterval=0.5)
+    found = {}
+    for group in bar:
+        prompts = [pairs.prompt(row) for row in group]
+        steps = list(model.generate(prompts, max_new_tokens))
+        for b, row in enumerate(group):
+            ids = [step[b] for step in steps if step[b] is not None]
+            found[row] = pairs.tokenizer.decode(ids)
+    found = {row: text for part in world.gather(found) for row, text in part.items()}
+    return [found[row] for row in rows]
+
+
+def task_metrics(model, valid_set, n_rows, world, with_answers=True):
+    """Losses, and the task's scores of greedy answers, on n_rows held-out rows; 0 is all."""
+    task, pairs = valid_set.task, valid_set.pairs
+    rows = evenly(len(pairs.rows), n_rows)
+    metrics = task_losses(model, pairs, rows, world)
+    if with_answers:
+        texts = write_answers(model, pairs, rows, pairs.tgt_len, world)
+        held_out = [pairs.rows[row] for row in rows]
+        metrics |= score(task, texts, held_out)
+        source, target = held_out[0]["source"][:300], held_out[0]["target"][:300]
+        world.say(f"--- source: {source}\n>>> {texts[0][:300]}\n=== {target}\n---")
+    return metrics
