@@ -1,4 +1,5 @@
-"""Shared by all tests: a tiny corpus, and a way to call a script as a user would, without a new process."""
+"""Shared by all tests: a tiny corpus, and a way to call a script as a user would."""
+
 import os
 import random
 import sys
@@ -9,17 +10,16 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need a network
 
-import torch
+import torch  # noqa: E402
 
-import lib.settings
-import data.corpus
-import lib.runs
+import data.corpus  # noqa: E402
+import lib.runs  # noqa: E402
+import lib.settings  # noqa: E402
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
-TINY = ["--tokenizer=bytes", "--n_embd=32", "--n_head=2", "--n_kv_head=1", "--head_dim=16", "--n_hidden=48",
-        "--src_len=32", "--tgt_len=16", "--batch_size=4", "--eval_rows=8", "--warmup_iters=2", "--compile=false",
-        "--dtype=float32", "--device=cpu"]
+TINY = ["--preset=tiny", "--tokenizer=bytes", "--src_len=32", "--tgt_len=16", "--batch_size=4"]
+TINY += ["--eval_rows=8", "--warmup_iters=2", "--compile=false", "--dtype=float32", "--device=cpu"]
 TINY_ENC = TINY + ["--arch=encdec", "--n_enc=1", "--n_dec=1"]
 TINY_DEC = TINY + ["--arch=dec", "--n_dec=2"]
 
@@ -28,7 +28,7 @@ TINY_DEC = TINY + ["--arch=dec", "--n_dec=2"]
 def cache(tmp_path, monkeypatch):
     """Token files go to the test's own folder, runs to its own out/."""
     monkeypatch.setattr(data.corpus, "CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("NANOENCDEC_CACHE", str(tmp_path / "cache"))  # for processes that a test starts
+    monkeypatch.setenv("NANOENCDEC_CACHE", str(tmp_path / "cache"))  # for processes of a test
     monkeypatch.chdir(tmp_path)
 
 
@@ -36,7 +36,12 @@ def cache(tmp_path, monkeypatch):
 def few_plots(monkeypatch):
     """loss.png once a folder: drawing takes longer than the training of these runs."""
     draw = lib.runs.Log.plot
-    monkeypatch.setattr(lib.runs.Log, "plot", lambda self, metric=None: os.path.exists(self.path.replace("log.jsonl", "loss.png")) or draw(self, metric))
+
+    def plot(log, metric=None):
+        if not os.path.exists(os.path.join(log.folder, "loss.png")):
+            draw(log, metric)
+
+    monkeypatch.setattr(lib.runs.Log, "plot", plot)
 
 
 @pytest.fixture
@@ -63,7 +68,7 @@ def call(main, argv, monkeypatch, capsys):
 
 
 def one_line(err):
-    """The error message, asserted to be the only thing said in the form of an error: no traceback."""
+    """The error message, asserted to be the only thing said in the form of an error."""
     lines = [line for line in err.strip().splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and "Traceback" not in err, err
     return lines[0]
