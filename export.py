@@ -23,7 +23,7 @@ import inspect
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx
@@ -33,7 +33,7 @@ from onnx import TensorProto, helper
 from data.objectives import OBJECTIVES, make_batch, uniforms
 from data.tokenizer import load_tokenizer
 from lib.runs import newest_run, read_run, write_json
-from lib.runtime import FILE, Exported, Shape, Static, is_export
+from lib.runtime import FILE, SHAPE, Exported, Static, is_export
 from lib.settings import UserError, read_json, read_settings, script, setting
 from model import Transformer, shift_right
 
@@ -668,7 +668,7 @@ def describe(folder, step, **about):
     if model.head is not None:
         names = {name for name in names if not name.startswith("embed")}
     about["step_bytes"] = sum(weights.places[name][1] for name in names)
-    about["config"] = {field.name: getattr(model.config, field.name) for field in fields(Shape)}
+    about["config"] = {name: getattr(model.config, name) for name in SHAPE}
     files = [name for name in sorted(os.listdir(folder)) if name != FILE]
     about["files"] = {name: os.path.getsize(os.path.join(folder, name)) for name in files}
     write_json(os.path.join(folder, FILE), about)
@@ -747,7 +747,7 @@ def inputs_of(tgt, bos_id):
 def prove(model, twin):
     """UserError unless float32 graphs say what torch says in training: for one row and several,
     for short sources and ones past the trained length, for pasts of several lengths."""
-    cfg, static, rng = model.config, twin.about.static, np.random.default_rng(0)
+    cfg, static, rng = model.config, twin.about.get("static"), np.random.default_rng(0)
     cases = [([5], [4]), ([1, 9, 4], [2, 6, 3]), ([cfg.src_len + 8], [cfg.tgt_len + 5])]
     if static:
         cases = [([1], [1]), ([static.src_len], [max(1, static.tgt_len - 3)])]

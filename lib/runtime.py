@@ -1,15 +1,16 @@
 """Runs a folder that export.py wrote, with numpy and onnxruntime alone: what one deploys.
 
-The folder holds encoder.onnx and decoder.onnx (a decoder-only model has the latter alone, one that
-reads pictures vision.onnx, a static export prefill.onnx), weights.bin behind all of them,
-tokenizer.json, and export.json: configuration, precision, objective, the size of every file.
+The folder holds encoder.onnx and decoder.onnx, which a decoder-only model has alone; weights.bin
+behind them; tokenizer.json; and export.json: configuration, precision, objective, the size of every
+file. A static export of a decoder-only model has prefill.onnx, too.
 
 Rows of a request are padded on the right, and each row's keys and values lie in its caches from
 slot 0 on. model.Cache pads on the left; here no row needs to know of another's length.
 """
 
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -17,36 +18,13 @@ from lib.settings import UserError, from_dict, read_json
 
 FILE = "export.json"
 OUTSIDE = -100.0  # static exports add it to the score of what may not be seen: e^-100 is left of it
-PROVIDERS = {"cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"]}
 
 
-@dataclass
-class Shape:
-    """What a request has to know of model.Config."""
-
-    vocab_size: int
-    n_enc: int
-    n_dec: int
-    n_embd: int
-    n_kv_head: int
-    head_dim: int
-    src_len: int
-    tgt_len: int
-    rope_theta: float
-    pad_id: int
-    bos_id: int
-    eos_id: int
-
-
-@dataclass
-class StaticShape:
-    """Of an export with --static: the longest source, positions of the decoder, slots of its
-    caches, and how many tokens prefill.onnx reads at a time."""
-
-    src_len: int
-    tgt_len: int
-    slots: int
-    chunk: int
+# What a request has to know of model.Config, and of a static export: its longest source, the
+# decoder's positions, slots of its caches, tokens that prefill.onnx reads at a time.
+SHAPE = "vocab_size n_enc n_dec n_kv_head head_dim src_len tgt_len rope_theta".split()
+SHAPE += ["pad_id", "bos_id", "eos_id"]
+STATIC = "src_len tgt_len slots chunk".split()
 
 
 @dataclass
@@ -59,7 +37,6 @@ class About:
     files: dict
     step_bytes: int
     static: dict = None
-    vision: dict = None
 
 
 def is_export(folder):
@@ -67,26 +44,30 @@ def is_export(folder):
 
 
 def read_about(folder):
-    """export.json as an About, its config as a Shape, its static as a StaticShape. UserError if the
-    folder is no export, or a file of it is missing or was cut off."""
+    """export.json as a dict, its config and static as namespaces of numbers; "static" is in it for
+    a static export alone. UserError if the folder is no export, or a file of it was cut off."""
     path = os.path.join(folder, FILE)
     if not os.path.exists(path):
         raise UserError(f"{path} is missing: python export.py --run={folder} makes an export")
-    about = from_dict(About, read_json(path), path)
-    about.config = from_dict(Shape, about.config, path)
-    if about.static is not None:
-        about.static = from_dict(StaticShape, about.static, path)
-    for part in (about.config, about.static):
-        for field in fields(part) if part else ():
-            value = getattr(part, field.name)
-            if not (-1 if field.name == "bos_id" else 0) <= value < 2**31:
-                raise UserError(f"{path}: {field.name}={value} is no usable number")
-    for name, size in about.files.items():
+    about = vars(from_dict(About, read_json(path), path))
+    about["config"] = numbers(about["config"], SHAPE, path)
+    if about["static"] is None:
+        del about["static"]
+    else:
+        about["static"] = numbers(about["static"], STATIC, path)
+    for name, size in about["files"].items():
         file = os.path.join(folder, os.path.basename(name))
         found = os.path.getsize(file) if os.path.isfile(file) else "no"
         if found != size:
             raise UserError(f"{file} has {found} bytes, not {size}: export the run again")
     return about
+
+
+def numbers(values, names, path):
+    whole = {n for n, x in values.items() if type(x) is int or n == "rope_theta"}
+    if whole != set(names) or not all(-1 <= values[n] < 2**31 for n in names):
+        raise UserError(f"{path} is damaged or not of this version: export the run again")
+    return SimpleNamespace(**values)
 
 
 def rope_table(slots, cfg, stretch=1.0):
@@ -116,18 +97,20 @@ class Exported:
         except ImportError:
             raise UserError(f"{folder} is an ONNX export: pip install onnxruntime") from None
         self.about, self.ort, self.device = read_about(folder), onnxruntime, device
-        self.config, self.step_bytes = self.about.config, self.about.step_bytes
-        self.float = np.float16 if self.about.precision == "fp16" else np.float32
-        providers = PROVIDERS.get(device, ["CPUExecutionProvider"])
+        self.config, self.step_bytes = self.about["config"], self.about["step_bytes"]
+        self.float = np.float16 if self.about["precision"] == "fp16" else np.float32
+        providers = ["CPUExecutionProvider"]
+        if device != "cpu":
+            providers.insert(0, f"{device.upper()}ExecutionProvider")
         if providers[0] not in onnxruntime.get_available_providers():
             raise UserError(f"--device={device}: this onnxruntime has no {providers[0]}")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads  # 0 is all physical cores
         options.log_severity_level = 3
         self.sessions = {}
-        for name in ("vision", "encoder", "prefill", "decoder"):
+        for name in ("encoder", "prefill", "decoder"):
             path = os.path.join(folder, f"{name}.onnx")
-            if f"{name}.onnx" not in self.about.files:
+            if f"{name}.onnx" not in self.about["files"]:
                 continue
             try:
                 session = onnxruntime.InferenceSession(path, options, providers=providers)
@@ -142,12 +125,12 @@ class Exported:
         cfg, decoder = self.config, self.sessions.get("decoder")
         items = [*decoder.get_inputs(), *decoder.get_outputs()] if decoder else []
         shapes = {item.name: item.shape for item in items}
-        heads = cfg.n_kv_head * self.about.static.slots if self.about.static else cfg.n_kv_head
-        past = shapes.get(f"past_key_{cfg.n_dec - 1}", [])
         layers = sum(name.startswith("past_key_") for name in shapes)
-        found = layers, heads in past[:2], past[-1:], shapes.get("logits", [])[-1:]
-        reads = "encoder" in self.sessions
-        if found != (cfg.n_dec, True, [cfg.head_dim], [cfg.vocab_size]) or reads != (cfg.n_enc > 0):
+        heads = cfg.n_kv_head * (self.about["static"].slots if "static" in self.about else 1)
+        past, logits = shapes.get("past_key_0", [0]), shapes.get("logits", [0])
+        found = layers, heads in past, past[-1], logits[-1]
+        wanted = cfg.n_dec, True, cfg.head_dim, cfg.vocab_size
+        if found != wanted or ("encoder" in self.sessions) != (cfg.n_enc > 0):
             raise UserError(f"{folder}: {FILE} does not describe its graphs: export the run again")
 
     def value(self, array):
@@ -183,18 +166,7 @@ class Exported:
         starts = which.reshape(-1) * slots
         return dict(cos=cos, sin=sin, cross_cos=plain[0], cross_sin=plain[1]), starts
 
-    def images_at(self, tokens, images):
-        """Feeds for the tokens of pictures (N, C), None for none: they and their places."""
-        if self.about.vision is None:
-            return {}
-        here = np.flatnonzero(tokens == self.about.vision["image_id"])
-        if images is None:
-            here, images = here[:0], np.zeros((0, self.config.n_embd))
-        if len(here) != len(images):
-            raise UserError(f"{len(here)} placeholders for {len(images)} tokens of pictures")
-        return dict(images=images.astype(self.float), at=here[:, None])
-
-    def encode(self, prompts, images=None):
+    def encode(self, prompts):
         """Lists of ids -> what the decoder is fed of them: the keys and values (B, H_kv, S, D) of
         every layer's cross-attention, and `source` (B, S), 1 at real tokens."""
         cfg = self.config
@@ -203,43 +175,39 @@ class Exported:
         lengths = np.maximum(sizes, 1)  # an empty source lets its first padding be seen
         tables, starts = self.rope(width, sizes / cfg.src_len)
         places = np.arange(width)[None] + 0 * lengths[:, None]
-        feeds = dict(tokens=tokens, last=(lengths - 1).astype(np.int32), cross_positions=places)
-        feeds |= dict(total=np.array(width, np.int32), positions=starts[:, None] + places)
-        memory = self.run("encoder", feeds | tables | self.images_at(tokens, images))
-        return memory | dict(source=self.value((places < lengths[:, None]).astype(np.int32)))
+        feeds = dict(tokens=tokens, positions=starts[:, None] + places, cross_positions=places)
+        int32 = dict(last=lengths - 1, total=width, source=places < lengths[:, None])
+        int32 = {name: np.array(value, np.int32) for name, value in int32.items()}
+        memory = self.run("encoder", feeds | tables | int32)
+        return memory | dict(source=self.value(int32["source"]))
 
-    def start(self, prompts, max_new_tokens, prefix=None, images=None):
+    def start(self, prompts, max_new_tokens):
         """Reads the prompts, with room for max_new_tokens more -> (Request, logits (B, V) of the
-        first new token). prefix: as in model.Transformer.generate."""
+        first new token)."""
         cfg = self.config
         if max_new_tokens < 1 or not prompts:
             raise UserError(f"cannot generate {max_new_tokens} tokens for {len(prompts)} prompts")
-        heads = prefix or [[]] * len(prompts)
-        for id in (id for ids in (*prompts, *heads) for id in ids):
+        for id in (id for ids in prompts for id in ids):
             if not 0 <= id < cfg.vocab_size:
                 raise UserError(f"token id {id} is outside the vocabulary of {cfg.vocab_size}")
-        if not cfg.n_enc:
-            heads = [[*prompt, *head] for prompt, head in zip(prompts, heads)]
-        heads = [[cfg.bos_id] * (cfg.bos_id >= 0) + [*head] for head in heads]
+        memory, heads = self.encode(prompts) if cfg.n_enc else {}, prompts
+        if cfg.bos_id >= 0:
+            heads = [[cfg.bos_id, *([] if cfg.n_enc else prompt)] for prompt in prompts]
         if not all(heads):
             raise UserError("this model has no begin token: a prompt must not be empty")
-        memory = self.encode(prompts, images) if cfg.n_enc else {}
-        lengths = np.array([len(head) for head in heads])
+        lengths, tokens = np.array([len(head) for head in heads]), padded(heads, cfg.pad_id)
         request = self.request(lengths, max_new_tokens, memory)
-        tokens = padded(heads, cfg.pad_id)
         keep = np.arange(len(heads)) * tokens.shape[1] + lengths - 1
-        return request, request.feed(tokens, lengths, keep, None if cfg.n_enc else images)
+        return request, request.feed(tokens, lengths, keep)
 
     def request(self, lengths, max_new_tokens, memory):
         return Request(self, lengths, max_new_tokens, memory)
 
-    def generate(
-        self, prompts, max_new_tokens, temperature=0.0, top_k=0, top_p=1.0, seed=0, prefix=None
-    ):
+    def generate(self, prompts, max_new_tokens, temperature=0.0, top_k=0, top_p=1.0, seed=0):
         """Continues B prompts at once, streaming: yields, per step, a list of B new ids, None for
         rows that have ended."""
-        request, logits = self.start(prompts, max_new_tokens, prefix)
-        seeds = range(seed, seed + len(prompts)) if isinstance(seed, int) else seed
+        request, logits = self.start(prompts, max_new_tokens)
+        seeds = seed if isinstance(seed, list) else range(seed, seed + len(prompts))
         rngs = [np.random.default_rng(one) for one in seeds]
         ended = np.zeros(len(prompts), dtype=bool)
         for step in range(max_new_tokens):
@@ -272,7 +240,7 @@ class Request:
         for name in self.fixed.keys() & self.inputs:
             self.binding.bind_ortvalue_input(name, self.fixed[name])
 
-    def feed(self, tokens, lengths, keep, images=None):
+    def feed(self, tokens, lengths, keep):
         """Reads `lengths` (B,) of the tokens (B, T), of each row behind what it has -> logits
         (len(keep), V) at the positions `keep` of the flattened tokens. With more than one row, more
         than one token may only come first."""
@@ -280,10 +248,9 @@ class Request:
         self.filled += lengths
         places = before[:, None] + np.arange(width)
         feeds = dict(tokens=tokens, cross_positions=places, keep=keep.astype(np.int64))
-        feeds |= dict(positions=self.first[:, None] + places, total=before.max() + width)
-        feeds |= dict(last=(self.filled - 1).astype(np.int32))
-        feeds["total"] = np.array(feeds["total"], np.int32)
-        feeds |= self.model.images_at(tokens, images)
+        feeds |= dict(positions=self.first[:, None] + places)
+        feeds |= dict(last=self.filled - 1, total=before.max() + width)
+        feeds |= {name: np.array(feeds[name], np.int32) for name in ("last", "total")}
         logits = np.empty((len(keep), self.model.config.vocab_size), self.model.float)
         on_cpu = self.model.ort.OrtValue.ortvalue_from_numpy
         for name in feeds.keys() & self.inputs:
@@ -302,8 +269,8 @@ class Static(Exported):
     """An export with --static: one prompt at a time, no longer than the graphs were made for. What
     the shapes leave empty is masked."""
 
-    def encode(self, prompts, images=None):
-        cfg, S, [prompt] = self.config, self.about.static.src_len, prompts
+    def encode(self, prompts):
+        cfg, S, [prompt] = self.config, self.about["static"].src_len, prompts
         if len(prompt) > S:
             raise UserError(
                 f"the prompt has {len(prompt)} tokens, and this static export takes {S}: "
@@ -314,10 +281,10 @@ class Static(Exported):
         tokens = padded([prompt, [0] * S], cfg.pad_id)[:1]
         return self.run("encoder", dict(tokens=tokens, mask=mask) | tables) | dict(source=mask)
 
-    def start(self, prompts, max_new_tokens, prefix=None, images=None):
+    def start(self, prompts, max_new_tokens):
         if len(prompts) != 1:
             raise UserError(f"a static export answers one prompt at a time, not {len(prompts)}")
-        return super().start(prompts, max_new_tokens, prefix)
+        return super().start(prompts, max_new_tokens)
 
     def request(self, lengths, max_new_tokens, memory):
         return StaticRequest(self, lengths, max_new_tokens, memory)
@@ -328,17 +295,15 @@ class Static(Exported):
 
     def rope_at(self, positions, stretch):
         """RoPE's tables at positions (T,), (1, T, D/2) each; cross-attention's too."""
-        end = positions[-1] + 1
-        cos, sin = (part[None, positions] for part in rope_table(end, self.config, stretch))
-        plain = [part[None, positions] for part in rope_table(end, self.config)]
-        return dict(cos=cos, sin=sin, cross_cos=plain[0], cross_sin=plain[1])
+        tables, _ = self.rope(positions[-1] + 1, np.array([stretch]))
+        return {name: table[None, positions] for name, table in tables.items()}
 
 
 class StaticRequest:
     """The state of one request to a static export, as `Request`."""
 
     def __init__(self, model, lengths, max_new_tokens, memory):
-        shape, cfg, reach = model.about.static, model.config, lengths[0] + max_new_tokens - 1
+        shape, cfg, reach = model.about["static"], model.config, lengths[0] + max_new_tokens - 1
         if reach > shape.tgt_len:
             raise UserError(
                 f"{lengths[0]} tokens to read and {max_new_tokens} to make need {reach} positions, "
@@ -351,26 +316,22 @@ class StaticRequest:
             zeros = np.zeros((cfg.n_kv_head * shape.slots, cfg.head_dim), np.float32)
             self.caches[name] = model.value(zeros)
 
-    def feed(self, tokens, lengths, keep, images=None):
+    def feed(self, tokens, lengths, keep):
         """Reads tokens (1, N) -> logits (len(keep), V) at the positions `keep`, in order: a chunk
         at a time where only its last token's are wanted."""
         ids, start, logits = tokens[0, : lengths[0]], 0, []
+        chunk = self.model.about["static"].chunk if "prefill" in self.model.sessions else 1
         for end in keep + 1:
             while start < end:
-                whole = "prefill" in self.model.sessions and self.filled % self.chunk == 0
-                width = self.chunk if whole and end - start > 1 else 1
+                width = chunk if self.filled % chunk == 0 and end - start > 1 else 1
                 some = ids[start : min(start + width, end)]
                 last, start = self.read(some, width), start + len(some)
             logits.append(last)
         return np.concatenate(logits)
 
-    @property
-    def chunk(self):
-        return self.model.about.static.chunk
-
     def read(self, ids, width):
         """Reads at most `width` ids through the graph of that width -> logits (1, V)."""
-        model, cfg, slots = self.model, self.model.config, self.model.about.static.slots
+        model, cfg, slots = self.model, self.model.config, self.model.about["static"].slots
         positions = self.filled + np.arange(width)
         at = np.arange(cfg.n_kv_head)[:, None] * slots + positions
         feeds = dict(tokens=padded([ids, [0] * width], cfg.pad_id)[:1], at=at.reshape(-1, 1))
