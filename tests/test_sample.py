@@ -1,4 +1,5 @@
-"""sample.py: prompts, holes, streaming, beam search, and what a user can get wrong."""
+"""sample.py: prompts, holes, streaming, beam search, attention, what a user can get wrong."""
+
 import io
 import itertools
 import json
@@ -8,15 +9,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import TINY_DEC, TINY_ENC, call, one_line
+from test_model import tiny
 
 import sample
 import train
-from conftest import TINY_DEC, TINY_ENC, call, one_line
-from lib.runs import newest_run
+from data.objectives import make_prompt
 from data.tokenizer import Tokenizer
+from lib.runs import newest_run
 from model import Config, Transformer
-from sample import Printer, beam_search, encode_prompt
-from test_model import tiny
+from sample import Printer, beam_search
 
 BYTES = Tokenizer("bytes")
 
@@ -29,26 +31,45 @@ def talk(monkeypatch, capsys):
 def make_run(folder, objective, arch="encdec"):
     torch.manual_seed(0)
     layers = dict(n_enc=1, n_dec=1) if arch == "encdec" else dict(n_enc=0, src_len=0, n_dec=2)
-    Transformer(Config(vocab_size=BYTES.vocab_size, n_embd=32, n_head=2, n_kv_head=1, head_dim=16, n_hidden=32, pad_id=BYTES.pad,
-                       bos_id=BYTES.bos, eos_id=BYTES.eos, **layers)).save(folder)
+    Transformer(
+        Config(
+            vocab_size=BYTES.vocab_size,
+            n_embd=32,
+            n_head=2,
+            n_kv_head=1,
+            head_dim=16,
+            n_hidden=32,
+            pad_id=BYTES.pad,
+            bos_id=BYTES.bos,
+            eos_id=BYTES.eos,
+            **layers,
+        )
+    ).save(folder)
     BYTES.save(folder)
     with open(os.path.join(folder, "run.json"), "w") as f:
         json.dump({"settings": {"objective": objective}}, f)
 
 
 def test_holes_become_sentinels():
-    prompt = encode_prompt("a<mask>b<mask>", BYTES, "span", decoder_only=False)
+    prompt = make_prompt("span", "a<mask>b<mask>", BYTES, False)
     assert prompt == [97, BYTES.sentinel(0), 98, BYTES.sentinel(1), BYTES.eos]
-    assert encode_prompt("a", BYTES, "span", False) == [97, BYTES.sentinel(0), BYTES.eos]
-    assert encode_prompt("a<mask>", BYTES, "span", True)[-2:] == [BYTES.eos, BYTES.sep]
-    assert encode_prompt("a<mask>", BYTES, "causal", True) == list(b"a<mask>")
+    assert make_prompt("span", "a", BYTES, False) == [97, BYTES.sentinel(0), BYTES.eos]
+    assert make_prompt("span", "a<mask>", BYTES, True)[-2:] == [BYTES.eos, BYTES.sep]
+    assert make_prompt("causal", "a<mask>", BYTES, True) == list(b"a<mask>")
 
 
-@pytest.mark.parametrize("answer, printed", [
-    ([0, b"xy", 1, b"z"], "axybzc\n"), ([0, b"xy"], "axyb<mask>c\n"), ([1, b"z"], "a<mask>bzc\n"), ([], "a<mask>b<mask>c\n"),
-    ([1, b"z", 0, b"xy"], "a<mask>bzxyc\n")])
+@pytest.mark.parametrize(
+    "answer, printed",
+    [
+        ([0, b"xy", 1, b"z"], "axybzc\n"),
+        ([0, b"xy"], "axyb<mask>c\n"),
+        ([1, b"z"], "a<mask>bzc\n"),
+        ([], "a<mask>b<mask>c\n"),
+        ([1, b"z", 0, b"xy"], "a<mask>bzxyc\n"),
+    ],
+)
 def test_the_printer_fills_holes_as_they_come(capsys, answer, printed):
-    printer = Printer(encode_prompt("a<mask>b<mask>c", BYTES, "span", False), BYTES, holes=True)
+    printer = Printer(make_prompt("span", "a<mask>b<mask>c", BYTES, False), BYTES)
     for part in answer:
         for id in [BYTES.sentinel(part)] if isinstance(part, int) else part:
             printer.add(id)
@@ -56,19 +77,31 @@ def test_the_printer_fills_holes_as_they_come(capsys, answer, printed):
     assert capsys.readouterr().out == printed
 
 
-def test_streamed_characters_are_never_cut(capsys):
-    printer = Printer(encode_prompt("é", BYTES, "causal", True), BYTES, holes=False)
-    for byte in "größer 🙂".encode():
+def test_streamed_characters_are_never_cut_and_control_characters_are_shown(capsys):
+    printer = Printer(make_prompt("causal", "x", BYTES, True), BYTES)
+    for byte in "größer 🙂\x1b[2J".encode():
         printer.add(byte)
     printer.finish()
-    assert capsys.readouterr().out == "égrößer 🙂\n"
+    assert capsys.readouterr().out == "größer 🙂\\x1b[2J\n"
 
 
-@pytest.mark.parametrize("arch, objective", [("encdec", "span"), ("encdec", "prefix"), ("dec", "causal"), ("dec", "span"), ("encdec", "ul2")])
+@pytest.mark.parametrize(
+    "arch, objective",
+    [
+        ("encdec", "span"),
+        ("encdec", "prefix"),
+        ("dec", "causal"),
+        ("dec", "span"),
+        ("encdec", "ul2"),
+    ],
+)
 def test_every_kind_of_run_talks(talk, arch, objective):
     make_run("out/a", objective, arch)
-    for options in (["--max_new_tokens=5"], ["--beams=3", "--max_new_tokens=5"],
-                    ["--num_samples=2", "--temperature=1", "--top_k=5", "--top_p=0.9", "--max_new_tokens=5"]):
+    for options in (
+        ["--max_new_tokens=5"],
+        ["--beams=3", "--max_new_tokens=5"],
+        ["--num_samples=2", "--temperature=1", "--top_k=5", "--top_p=0.9", "--max_new_tokens=5"],
+    ):
         status, out, err = talk("--prompt=x = <mask>\\ny", *options)
         assert status == 0 and "x = " in out, err
 
@@ -87,27 +120,33 @@ def test_one_beam_is_greedy_and_all_beams_find_the_best():
     model = tiny("encdec", vocab_size=6, pad_id=0, bos_id=1, eos_id=2)
     prompt = [3, 4, 5, 3]
     greedy = [step[0] for step in model.generate([prompt], 4)]
-    assert beam_search(model, prompt, 1, 4)[:len(greedy)] == greedy
+    assert beam_search(model, prompt, 1, 4)[: len(greedy)] == greedy
     encoded, best = model.encode(torch.tensor([prompt])), (-1e9, None)
     for n in range(1, 5):  # every answer of up to four tokens, scored by the full model
         for answer in itertools.product([0, 1, 3, 4, 5], repeat=n):
-            logp = model.logits(model.decode(torch.tensor([[1, *answer]]), encoded)).log_softmax(-1)[0]
+            logp = model.logits(model.decode(torch.tensor([[1, *answer]]), encoded)).log_softmax(
+                -1
+            )[0]
             score = sum(logp[t, id] for t, id in enumerate(answer))
-            ends = [(score / n ** 0.6, answer)] if n == 4 else []
+            ends = [(score / n**0.6, answer)] if n == 4 else []
             ends += [((score + logp[n, 2]) / (n + 1) ** 0.6, answer)] if n < 4 else []
             best = max([best, *ends], key=lambda pair: pair[0])
-    assert tuple(beam_search(model, prompt, 6 ** 4, 4)) == best[1]
+    assert tuple(beam_search(model, prompt, 6**4, 4)) == best[1]
 
 
 def test_a_beam_without_an_end_does_not_win_over_ended_ones():
-    """[] has 0.3 and [a] 0.6 * 0.2; the search stops there, and the 0.6 of an [a] that goes on is no answer's."""
+    """[] has 0.3 and [a] 0.6 * 0.2: the search stops, and the 0.6 of an unended [a] is no answer's."""
     table = torch.full((10, 9), 0.0125)  # by the last token, the start in the last row; 0 ends
-    table[1], table[2, 0], table[-1, :3] = torch.tensor([0.2] + 8 * [0.1]), 0.9, torch.tensor([0.3, 0.6, 0.05])
+    table[1], table[2, 0], table[-1, :3] = (
+        torch.tensor([0.2] + 8 * [0.1]),
+        0.9,
+        torch.tensor([0.3, 0.6, 0.05]),
+    )
 
     class Chain:
         config = SimpleNamespace(eos_id=0)
 
-        def prefill(self, prompts, n, images=None):
+        def prefill(self, prompts, n):
             return SimpleNamespace(select=lambda rows: None), torch.tensor([[9]])
 
         def next_logits(self, states):
@@ -115,13 +154,23 @@ def test_a_beam_without_an_end_does_not_win_over_ended_ones():
 
         def decode(self, tokens, cache):
             return tokens
+
     assert beam_search(Chain(), [5], 2, 6) == []
 
 
-@pytest.mark.parametrize("argv, says", [
-    (["--run=nowhere"], "nowhere"), (["--max_new_tokens=0"], "--max_new_tokens"), (["--top_p=0"], "--top_p"), (["--prompt="], "empty"),
-    (["--num_samples=2"], "--temperature"), (["--beams=2", "--temperature=1"], "one of them"), (["--device=cuda:99"], "--device"),
-    (["--temprature=1"], "did you mean --temperature?")])
+@pytest.mark.parametrize(
+    "argv, says",
+    [
+        (["--run=nowhere"], "nowhere"),
+        (["--max_new_tokens=0"], "--max_new_tokens"),
+        (["--top_p=0"], "--top_p"),
+        (["--prompt="], "empty"),
+        (["--num_samples=2"], "--temperature"),
+        (["--beams=2", "--temperature=1"], "one of them"),
+        (["--device=cuda:99"], "--device"),
+        (["--temprature=1"], "did you mean --temperature?"),
+    ],
+)
 def test_bad_input(talk, argv, says):
     make_run("out/a", "causal", "dec")
     status, _, err = talk("--prompt=x", *argv)
@@ -142,37 +191,43 @@ def test_a_folder_that_is_not_whole(talk):
 
 def test_a_trained_run_answers(monkeypatch, capsys, text_file):
     for base in (TINY_ENC, TINY_DEC):
-        assert call(train.main, [*base, f"--data={text_file}", "--max_iters=3"], monkeypatch, capsys)[0] == 0
-        status, out, err = call(sample.main, ["--prompt=abc <mask> d", "--max_new_tokens=4"], monkeypatch, capsys)
+        assert (
+            call(train.main, [*base, f"--data={text_file}", "--max_iters=3"], monkeypatch, capsys)[
+                0
+            ]
+            == 0
+        )
+        status, out, err = call(
+            sample.main, ["--prompt=abc <mask> d", "--max_new_tokens=4"], monkeypatch, capsys
+        )
         assert status == 0 and out.startswith("abc "), err
 
 
 def test_a_task_run_prints_its_answer_alone(talk):
     make_run("out/a", "seq2seq")
-    assert encode_prompt("ab", BYTES, "seq2seq", False) == [97, 98, BYTES.eos]
-    assert encode_prompt("ab", BYTES, "seq2seq", True) == [97, 98, BYTES.eos, BYTES.sep]
-    outs = [talk("--prompt= question \\n", "--max_new_tokens=4", *more)[1] for more in ([], ["--beams=1"])]
+    assert make_prompt("seq2seq", "ab", BYTES, False) == [97, 98, BYTES.eos]
+    assert make_prompt("seq2seq", "ab", BYTES, True) == [97, 98, BYTES.eos, BYTES.sep]
+    outs = [
+        talk("--prompt= question \\n", "--max_new_tokens=4", *more)[1]
+        for more in ([], ["--beams=1"])
+    ]
     assert outs[0] == outs[1] and "question" not in outs[0]
 
 
-@pytest.mark.parametrize("cross_rope", [False, True])
-def test_attention_is_what_the_model_computes(talk, monkeypatch, cross_rope):
-    """The drawn weights, put on the values by hand, give the output of every cross-attention."""
-    model = tiny("encdec", n_head=4, n_kv_head=2, cross_rope=cross_rope)
-    source, answer = [5, 6, 7, 8, 9], [10, 11, 12]
-    seen = []
-    hooks = [block.cross.register_forward_hook(lambda module, inputs, output: seen.append((module, inputs, output))) for block in model.dec]
-    weights = sample.cross_attention(model, source, answer)
-    [hook.remove() for hook in hooks]
-    assert weights.shape == (len(model.dec), 4, 3, 5) and torch.allclose(weights.sum(-1), torch.ones(1))
-    for layer, (module, (x, keys, values), output) in zip(weights, seen):
-        y = layer @ values.repeat_interleave(2, dim=1)[0]
-        assert torch.allclose(module.wo(y.transpose(0, 1).flatten(1)), output[0], atol=1e-5)
-    make_run("out/a", "seq2seq")
+@pytest.mark.parametrize("arch", ["encdec", "dec"])
+def test_attention_is_what_the_model_computes(talk, arch):
+    """The kernel that keeps its weights gives the same states, and its weights sum to 1."""
+    model, source, answer = tiny(arch, cross_rope=arch == "encdec"), [5, 6, 7, 8, 9], [10, 11, 12]
+    encdec = arch == "encdec"
+    args = (
+        torch.tensor([source]) if encdec else None,
+        torch.tensor([(not encdec) * source + answer]),
+    )
+    before = model.states(*args)
+    weights = sample.attention_weights(model, source, answer)
+    assert torch.allclose(model.states(*args), before, atol=1e-5)
+    assert weights.shape == (3, 5)
+    assert (abs(weights.sum(1) - 1) < 1e-5).all() if encdec else (weights.sum(1) < 1).all()
+    make_run("out/a", "seq2seq", arch)
     status, _, err = talk("--prompt=a $x$ b", "--max_new_tokens=4", "--show_attention=a.png")
     assert status == 0 and os.path.getsize("a.png") > 1000, err
-    status, _, err = talk("--prompt=a", "--show_attention=a.png", "--attention_layer=7")
-    assert status == 2 and "--attention_layer=7" in one_line(err)
-    make_run("out/b", "causal", "dec")
-    status, _, err = talk("--run=out/b", "--prompt=a", "--show_attention=a.png")
-    assert status == 2 and "decoder-only" in one_line(err)
