@@ -135,7 +135,7 @@ def test_one_beam_is_greedy_and_all_beams_find_the_best():
 
 
 def test_a_beam_without_an_end_does_not_win_over_ended_ones():
-    """[] has 0.3 and [a] 0.6 * 0.2: the search stops, and the 0.6 of an unended [a] is no answer's."""
+    """[] has 0.3 and [a] 0.6 * 0.2: the search stops; an unended [a] is no answer."""
     table = torch.full((10, 9), 0.0125)  # by the last token, the start in the last row; 0 ends
     table[1], table[2, 0], table[-1, :3] = (
         torch.tensor([0.2] + 8 * [0.1]),
