@@ -25,7 +25,7 @@ from data.objectives import OBJECTIVES, count_tokens
 from data.sets import open_data
 from data.tasks import is_task
 from data.tokenizer import load_tokenizer
-from lib.device import catch_signals, compile_parts, eager, flops, matmul_rate, start, to_device
+from lib.device import catch_signals, compile_parts, eager, start, to_device
 from lib.evaluate import show_text, task_metrics, text_metrics
 from lib.runs import Log, is_better, new_run, read_run, restore, resumed, save_best, save_checkpoint
 from lib.settings import UserError, given, read_settings, script, setting
@@ -280,14 +280,11 @@ def main():
         cfg.out = new_run(name, cfg, world, train_set, valid_set)
     pad, metric = train_set.tokenizer.pad, train_set.metric  # metric: chooses the best checkpoint
     if world.compile:
-        compile_parts(model, dynamic=cfg.objective == "seq2seq")
+        early = range(16 if cfg.objective == "seq2seq" else 1)  # a task's rows differ in length
+        rows = world.rows(0, cfg.batch_size)
+        compile_parts(model, [train_set.batch(step, rows) for step in early], world)
     log = Log(cfg.out, state["step"], world)
-    cost = flops(model.config, *train_set.lengths) / sum(train_set.lengths)
-    rate = matmul_rate(world.device, world.dtype)
-    world.say(
-        f"{model.num_params():,} parameters, {cost / 1e6:.2f} MFLOPs forward a token; "
-        f"{rows_a_step} rows a step; {world.describe()}"
-    )
+    world.say(f"{model.num_params():,} parameters; {rows_a_step} rows a step; {world.describe()}")
 
     stop, seconds, step = catch_signals(), [], state["step"]
     bar = tqdm(total=cfg.max_iters, initial=step, unit="step", mininterval=0.5, disable=log.quiet)
@@ -354,8 +351,7 @@ def main():
         step += 1
         state["time_s"] += seconds[-1]
         state["tokens"] += int(tokens)
-        mfu = 3 * cost * tokens / world.size / seconds[-1] / rate
-        speed = {"tok/s": f"{tokens / seconds[-1]:.0f}", "mfu": f"{mfu:.0%}"}
+        speed = {"tok/s": f"{tokens / seconds[-1]:.0f}"}
         bar.set_postfix(loss=f"{loss:.3f}", lr=f"{cfg.lr * share:.1e}", refresh=False, **speed)
         bar.update()
         if cfg.max_iters is None and len(seconds) == TIMED[1]:

@@ -251,12 +251,20 @@ def packed_linear(weight, bias):
     return linear
 
 
-def compile_parts(model, dynamic):
+def compile_parts(model, batches, world):
     """Compiles each block and the loss by itself: blocks of one kind share their code, so that 48
-    layers compile as fast as one. dynamic: shapes differ from batch to batch."""
+    layers compile as fast as one. The code is made for `batches`, a list; where there are several,
+    for shapes that differ. Rarer shapes run as they are later, because compiling for one in
+    mid-training takes as long as thirty steps."""
+    world.say("compiling, a minute or so")
     for block in [*model.enc, *model.dec]:
-        block.compile(dynamic=dynamic)
-    model.loss = torch.compile(model.loss, dynamic=dynamic)
+        block.compile(dynamic=len(batches) > 1)
+    model.loss = torch.compile(model.loss, dynamic=len(batches) > 1)
+    for batch in batches:
+        with world.autocast():
+            model(*to_device(batch, world.device)).backward()
+    model.zero_grad(set_to_none=True)
+    torch.compiler.set_stance("eager_on_recompile")
 
 
 def eager():
