@@ -32,6 +32,7 @@ from onnx import TensorProto, helper
 
 from data.objectives import OBJECTIVES, make_batch, uniforms
 from data.tokenizer import load_tokenizer
+from lib import weights
 from lib.runs import newest_run, read_run, write_json
 from lib.runtime import FILE, SHAPE, Exported, Static, is_export
 from lib.settings import UserError, read_json, read_settings, script, setting
@@ -44,8 +45,10 @@ CHUNK = 128  # tokens of its prompt that a static decoder-only graph reads at a 
 class Weights:
     """weights.bin: each array once, however many graphs read it."""
 
-    def __init__(self, path):
-        self.places, self.file, self.modules = {}, open(path, "wb"), set()
+    def __init__(self, folder):
+        os.makedirs(folder)
+        self.file = open(os.path.join(folder, "weights.bin"), "wb")
+        self.places, self.modules = {}, set()  # modules: names of those that a graph has read
 
     def add(self, name, array):
         """Writes an array, unless one of this name is there -> the tensor that refers to it.
@@ -604,7 +607,7 @@ def quantize(g, ranges):
 
 def write(model, folder, precision, objective="seq2seq"):
     """Writes the graphs, their weights, and what lib/runtime.py has to know, into a new folder."""
-    weights = new_weights(folder)
+    weights = Weights(folder)
     # A decoder beside an encoder reads one token at a time, for which blocks are fastest. One
     # without reads the prompt too, 1.8 times as fast in integers.
     many = dict(int8="integer", int4="integer").get(precision, "float")
@@ -621,7 +624,7 @@ def write(model, folder, precision, objective="seq2seq"):
 def write_static(model, folder, precision, objective, lengths, batch):
     """As `write`, for one prompt of at most lengths[0] tokens and lengths[1] positions of the
     decoder. batch: the rows that activations have their ranges from."""
-    (S, tgt_len), weights = lengths, new_weights(folder)
+    (S, tgt_len), weights = lengths, Weights(folder)
     slots = -(-tgt_len // CHUNK) * CHUNK
     about = dict(precision=precision, objective=objective)
     about["static"] = dict(src_len=S, tgt_len=tgt_len, slots=slots, chunk=CHUNK)
@@ -647,23 +650,14 @@ def write_static(model, folder, precision, objective, lengths, batch):
     describe(folder, g, **about)
 
 
-def new_weights(folder):
-    os.makedirs(folder)
-    return Weights(os.path.join(folder, "weights.bin"))
-
-
 def describe(folder, step, **about):
     """export.json. step: the graph whose weights one step reads; of an untied embedding that is
     next to nothing."""
     weights, model = step.weights, step.model
     weights.file.flush()
-    unread = [
-        name
-        for name, _ in model.named_parameters()
-        if name.rpartition(".")[0] not in weights.modules
-    ]
-    if unread:
-        raise UserError(f"model.py has {unread[0]}, which the graphs of export.py do not know")
+    for name, _ in model.named_parameters():
+        if name.rpartition(".")[0] not in weights.modules:
+            raise UserError(f"model.py has {name}, which the graphs of export.py do not know")
     names = {name.split(" as ")[0] for name in step.tensors} & weights.places.keys()
     if model.head is not None:
         names = {name for name in names if not name.startswith("embed")}
@@ -861,6 +855,8 @@ def check(cfg):
 def export_run(cfg, folder):
     """Writes an ONNX export of a run -> the report, a dict."""
     settings, tokenizer = read_run(cfg.run)["settings"], load_tokenizer(cfg.run)
+    if os.path.exists(os.path.join(cfg.run, "vision.json")):
+        raise UserError(f"{cfg.run} sees pictures, for which there is no ONNX export")
     model = Transformer.load(cfg.run).eval()
     config, new, lengths = model.config, 32, None
     batch, origin = held_out(cfg.run, settings, tokenizer, config)
@@ -915,13 +911,10 @@ def main():
         new = os.path.join(fresh, "new")  # what is half written is never at `out`
         if cfg.format == "onnx":
             report = export_run(cfg, new)
+        elif cfg.format == "run":
+            weights.write_run(cfg.run, new, cfg.tokenizer)
         else:
-            from lib.weights import write_hf, write_run
-
-            if cfg.format == "run":
-                write_run(cfg.run, new, cfg.tokenizer)
-            else:
-                write_hf(cfg.run, new, cfg.precision)
+            weights.write_hf(cfg.run, new, cfg.precision)
         if os.path.isdir(out):
             shutil.rmtree(out)
         os.replace(new, out)

@@ -92,16 +92,13 @@ class Exported:
     """The model of a folder. `generate` is that of model.Transformer."""
 
     def __init__(self, folder, threads=0, device="cpu"):
-        try:
-            import onnxruntime
-        except ImportError:
-            raise UserError(f"{folder} is an ONNX export: pip install onnxruntime") from None
+        import onnxruntime  # sample.py reads this file for torch's runs, too
+
         self.about, self.ort, self.device = read_about(folder), onnxruntime, device
         self.config, self.step_bytes = self.about["config"], self.about["step_bytes"]
         self.float = np.float16 if self.about["precision"] == "fp16" else np.float32
         providers = ["CPUExecutionProvider"]
-        if device != "cpu":
-            providers.insert(0, f"{device.upper()}ExecutionProvider")
+        providers = providers if device == "cpu" else ["CUDAExecutionProvider", *providers]
         if providers[0] not in onnxruntime.get_available_providers():
             raise UserError(f"--device={device}: this onnxruntime has no {providers[0]}")
         options = onnxruntime.SessionOptions()
@@ -109,15 +106,13 @@ class Exported:
         options.log_severity_level = 3
         self.sessions = {}
         for name in ("encoder", "prefill", "decoder"):
-            path = os.path.join(folder, f"{name}.onnx")
             if f"{name}.onnx" not in self.about["files"]:
                 continue
+            path = os.path.join(folder, f"{name}.onnx")
             try:
-                session = onnxruntime.InferenceSession(path, options, providers=providers)
+                self.sessions[name] = onnxruntime.InferenceSession(path, options, providers)
             except Exception as error:  # onnxruntime raises kinds of its own
-                reason = f"{type(error).__name__}: {str(error)[:200]}"
-                raise UserError(f"{path} cannot be loaded ({reason}): export again") from None
-            self.sessions[name] = session
+                raise UserError(f"{path} cannot be loaded: {str(error)[:200]}") from None
         self.check(folder)
 
     def check(self, folder):
@@ -144,9 +139,9 @@ class Exported:
         session = self.sessions[graph]
         binding, names = session.io_binding(), [item.name for item in session.get_outputs()]
         for name in (item.name for item in session.get_inputs()):
-            value = feeds[name]
-            value = self.value(value) if isinstance(value, np.ndarray) else value
-            binding.bind_ortvalue_input(name, value)
+            fed = feeds[name]
+            fed = self.value(fed) if isinstance(fed, np.ndarray) else fed
+            binding.bind_ortvalue_input(name, fed)
         for name in names:
             if name in into:
                 binding.bind_ortvalue_output(name, into[name])
@@ -272,10 +267,7 @@ class Static(Exported):
     def encode(self, prompts):
         cfg, S, [prompt] = self.config, self.about["static"].src_len, prompts
         if len(prompt) > S:
-            raise UserError(
-                f"the prompt has {len(prompt)} tokens, and this static export takes {S}: "
-                f"export.py --static --src_len={len(prompt)} makes a longer one"
-            )
+            raise UserError(f"the prompt has {len(prompt)} tokens, this export has --src_len={S}")
         mask = self.masked(np.arange(S)[None] < max(1, len(prompt)))
         tables = self.rope_at(np.arange(S), len(prompt) / cfg.src_len)
         tokens = padded([prompt, [0] * S], cfg.pad_id)[:1]
@@ -306,9 +298,7 @@ class StaticRequest:
         shape, cfg, reach = model.about["static"], model.config, lengths[0] + max_new_tokens - 1
         if reach > shape.tgt_len:
             raise UserError(
-                f"{lengths[0]} tokens to read and {max_new_tokens} to make need {reach} positions, "
-                f"and this static export has {shape.tgt_len}: ask for fewer, or make a longer one "
-                f"with export.py --static --tgt_len={reach}"
+                f"{reach} positions are needed, this export has --tgt_len={shape.tgt_len}"
             )
         self.model, self.memory, self.filled = model, memory, 0
         self.stretch, self.caches = reach / cfg.tgt_len, {}
