@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 from tqdm import tqdm
 
-from data.objectives import OBJECTIVES, count_tokens
+from data.objectives import OBJECTIVES, count_tokens, examples
 from data.sets import open_data
 from data.tasks import is_task
 from data.tokenizer import load_tokenizer
@@ -260,7 +260,7 @@ def evaluate(model, valid_set, cfg, world, step):
 
 
 def main():
-    cfg = resolve(read_settings(Settings, __doc__))
+    cfg = resolve(read_settings(Settings, f"{__doc__}\n{examples()}"))
     world = start(cfg)
 
     # Data, model, optimizers, run folder.

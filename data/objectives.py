@@ -16,7 +16,7 @@ source of chance.
 
 import numpy as np
 
-from data.tokenizer import N_SENTINELS
+from data.tokenizer import N_SENTINELS, Tokenizer
 from lib.settings import UserError
 
 MASK = "<mask>"  # a hole in a prompt
@@ -161,6 +161,21 @@ class Seq2seq:
 
 
 OBJECTIVES = dict(span=Span, prefix=Prefix, causal=Causal, ul2=UL2, seq2seq=Seq2seq)
+
+
+def examples():
+    """For --help: each objective with a row as it is really made, of single letters."""
+    tokenizer = Tokenizer("bytes")
+    ids = np.frombuffer(b"The encoder reads its source, the decoder writes.", np.uint8)[None]
+    lines = ["objectives, with a row as each makes it:"]
+    for name, kind in OBJECTIVES.items():
+        lines.append(f"    {name:8} {kind.help}")
+        if name in ("span", "prefix"):
+            made = kind(tokenizer, 40, 16)
+            u = uniforms(4, 0, [0], made.n_random)
+            source, target = (tokenizer.show(row[0]) for row in made.rows(ids[:, : made.window], u))
+            lines.append(f"{'':13}{source} -> {target}")
+    return "\n".join(lines)
 
 
 def make_prompt(name, text, tokenizer, decoder_only):
