@@ -107,10 +107,7 @@ class World:
 
     def agree(self, value):
         """The first process's value, for all. Also waits for all."""
-        values = [value]
-        if self.size > 1:
-            dist.broadcast_object_list(values)
-        return values[0]
+        return self.gather(value)[0]
 
     def gather(self, value):
         """Every process's value, in a list."""

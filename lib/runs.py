@@ -185,10 +185,15 @@ def save_checkpoint(folder, model, optimizers, state, world):
     if world.rank > 0:
         return
     state = dict(state, model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers])
-    with explained(folder, state["step"]):
+    try:
         with replacing(os.path.join(folder, "train_state.pt")) as new:
             torch.save(state, new)
         save_model(folder, model, step=str(state["step"]))
+    except Exception as error:  # OSError, or what torch and safetensors make of one
+        raise UserError(
+            f"saving step {state['step']} to {folder} failed ({str(error).splitlines()[0]}): free "
+            "some space, then go on from the last checkpoint with --init_from=resume"
+        ) from None
 
 
 def load_checkpoint(folder):
@@ -208,21 +213,8 @@ def load_checkpoint(folder):
 
 def save_best(folder, model, step, world):
     """Writes best.safetensors, which Transformer.load prefers to the last weights."""
-    if world.rank > 0:
-        return
-    with explained(folder, step):
+    if world.rank == 0:
         save_model(folder, model, "best.safetensors", step=str(step))
-
-
-@contextlib.contextmanager
-def explained(folder, step):
-    try:
-        yield
-    except Exception as error:  # OSError, or what torch and safetensors make of one
-        raise UserError(
-            f"saving step {step} to {folder} failed ({str(error).splitlines()[0]}): free some "
-            "space, then go on from the last checkpoint with --init_from=resume"
-        ) from None
 
 
 def is_better(new, best, metric):
@@ -272,20 +264,15 @@ class Log:
         import matplotlib.pyplot as plt
 
         figure, axes = plt.subplots(figsize=(7, 4))
-        for key, label in (("loss", "training"), ("kd", "divergence"), ("val_loss", "held out")):
+        right = axes.twinx() if metric else axes
+        curves = (axes, "loss"), (axes, "kd"), (axes, "val_loss"), (right, metric)
+        for number, (side, key) in enumerate(curves):
             points = [(row["step"], row[key]) for row in self.rows if key in row]
+            style = dict(lw=0.8, ms=3, marker="o" if number > 1 else None, color=f"C{number}")
             if points:
-                style = "o-" if key == "val_loss" else "-"
-                axes.plot(*zip(*points), style, ms=3, lw=0.8, label=label)
+                side.plot(*zip(*points), label=key, **style)
         axes.set(xlabel="step", ylabel="loss, nats a target token")
-        axes.grid(alpha=0.3)
-        if scored := [(row["step"], row[metric]) for row in self.rows if metric in row]:
-            right = axes.twinx()
-            right.plot(*zip(*scored), "s-", ms=4, color="tab:green")
-            right.set(ylabel=metric, ylim=(0, 100))
-        if axes.lines:
-            axes.legend(loc="center right")
-        figure.tight_layout()
+        figure.legend(loc="upper center", ncols=4)
         with replacing(os.path.join(self.folder, "loss.png")) as new:
             figure.savefig(new, dpi=120)
         plt.close(figure)
