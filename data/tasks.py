@@ -288,7 +288,7 @@ def is_task(name):
     return name.split(":")[0] in TASKS
 
 
-def load_task(name, source_col=None, target_col=None, skip_bad=False, log=print):
+def load_task(name, source_col=None, target_col=None, say=print, skip_bad=False):
     """The Task of --data with its rows. Raises UserError for what is not there, cannot be reached or cannot be used."""
     kind, _, path = name.partition(":") if is_task(name) else ("", "", name)
     task = replace(TASKS[kind or "pairs"], name=kind or os.path.basename(path.rstrip("/")), splits={})
@@ -307,7 +307,7 @@ def load_task(name, source_col=None, target_col=None, skip_bad=False, log=print)
         found = local_records(path, task)
     else:
         found = {split: [(f"{path or task.hub}, {split}", records)] for split, records in hub_records(path or task.hub, kind).items()}
-    task.splits = {split: [row for where, records in parts for row in rows_of(records, task, where, skip_bad, log)] for split, parts in found.items()}
+    task.splits = {split: [row for where, records in parts for row in rows_of(records, task, where, skip_bad, say)] for split, parts in found.items()}
     return hold_out(task, name)
 
 
