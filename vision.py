@@ -1,481 +1,592 @@
-"""Pictures for the language model: a vision tower, a projector, and the training of both.
+r"""Pictures for the language model: a vision tower, a projector, and the training of both.
 
-    python vision.py                                                 ten minutes on two cores: says what shapes are in a picture
-    python vision.py --stage=ocr --data=tables --image_size=160 --patch=40 --grid=0 --batch_size=4 --lr=4e-3 --max_minutes=8 --out=out/tables     reads bar charts
-    python vision.py --data=charts --init_from=out/tables --batch_size=4 --lr=4e-3 --max_minutes=12                   ... and then answers questions about them
-    python vision.py --data=docs --image_size=48 --patch=8 --grid=6  reads lines of text, cut into tiles
-    python vision.py --arch=dec                                      the decoder-only rival: no encoder between the pictures and the answer
-    python vision.py --stage=align --init_from=RUN --vision=hf:openai/clip-vit-large-patch14-336 --data=llava-pretrain
-    python vision.py --stage=instruct --init_from=out/ALIGNED --data=llava-instruct      and so on: ocr, instruct, task
-    python vision.py --data=my.jsonl                                 your own: columns image (a path), source, target
-    python sample.py --image=FILE --prompt="What is there?"          asks a trained model
+    python vision.py                               ten minutes on two cores: what shapes are there?
+    python vision.py --stage=align --init_from=RUN --vision=hf:openai/clip-vit-large-patch14-336
+    python sample.py --image=FILE --prompt="What is there?"            asks the trained model
 
-The paper's section 4: a picture is cut into tiles and a thumbnail (data/images.py), each goes through the tower (CLIP's vision transformer), a projector of two
-layers makes each patch's features a token as wide as the text's, fewer of them if --tokens asks for it, and they stand in front of the text in the encoder;
-without one, in front of the prompt. How many they are, with P patches a side of the tower's input: P^2 of the thumbnail and, where the picture is larger than that input,
-R rows of C patches on the grid of tiles and R row ends; with --tokens=variance or learned --keep of the R C; with concat everything but the row ends times --keep.
-A photograph of 1008 x 1008 pixels is 576 + 72 * 72 + 72 = 5832 tokens to CLIP's ViT-L/14 at 336 pixels, 2359 with --tokens=variance --keep=0.33.
+The paper's section 4. A picture is cut into tiles and a thumbnail (data/images.py). Each goes
+through the tower, CLIP's vision transformer. A projector of two layers makes the features of a
+patch a token as wide as a word's. --tokens may choose fewer of them. They stand in the text where
+its <image> stands: in the encoder's source or, without an encoder, in the prompt. --look adds a
+cross-attention to them in each layer of a stack (table 3).
 
-Stages: `align` trains the projector alone (and what else is new between pictures and text); `ocr`, `instruct` and `task` the language model, too. A tower from a
-file (--vision=hf:) stays as it is unless --train_tower; one that begins from nothing is trained in every stage. The paper's data: align LLaVA-Pretrain; ocr UReader,
-SynthDoG; instruct LLaVA-Instruct; task VQAv2, TextVQA, ChartQA, DocVQA, AI2D, GQA, Visual Genome.
+It reads top to bottom: settings, the tower, the layers that look, the model, towers of others, and
+main, whose loop is train.py's with pictures: `diff train.py vision.py`. More ways to call it:
+
+    python vision.py --arch=dec                    no encoder between the pictures and the answer
+    python vision.py --data=docs --image_size=48 --patch=8 --grid=6      lines of text, in tiles
+    python vision.py --stage=ocr --data=tables --image_size=160 --patch=40 --grid=0 --lr=4e-3 \
+        --batch_size=4 --max_minutes=8 --out=out/tables                  reads bar charts
+    python vision.py --data=charts --init_from=out/tables --batch_size=4 --lr=4e-3     answers
+    python vision.py --data=my.jsonl               your own: columns image (a path), source, target
+
+Stages: `align` trains what is new between a tower and a language model that were both trained
+before; `ocr`, `instruct` and `task` train the language model, too. A tower from a file stays as it
+is unless --train_tower.
 """
-import functools
+
 import json
+import math
 import os
-import sys
-from dataclasses import asdict, dataclass, fields, replace
-from typing import ClassVar
+import time
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from tqdm import tqdm
 
-import train
-from lib.settings import UserError, given, script, setting
-from lib.weights import local_folder, read_about, weight_files
-from data.images import CLIP_MEAN, CLIP_STD, FILE, VisionConfig, in_table, layout, read_vision, token_orders
+import model as lm
+from data.images import CHOICES, FILE, VisionConfig, read_vision, token_orders
 from data.metrics import score
-from data.pairs import IMAGE, train_pair_tokenizer
-from data.picture_tasks import TASKS, PicturePairs, load_picture_task
-from lib.runs import write_json
-from data.tokenizer import load_tokenizer
-from model import ModelError, Transformer, attend, read_config
-from train import Finetuning, answers, evenly, launch, new_config, parent_model, read_settings, resolve, to_device
+from data.objectives import count_tokens
+from data.picture_tasks import TASKS, open_pictures
+from data.sets import evenly
+from lib.device import catch_signals, compile_parts, eager, start, to_device
+from lib.evaluate import write_answers
+from lib.runs import Log, is_better, new_run, read_run, restore, resumed, save_best, save_checkpoint
+from lib.settings import UserError, from_dict, given, read_json, read_settings, script, setting
+from lib.weights import local_folder, weight_files
+from train import FREE, TIMED, lr_share, make_optimizers, steps_that_fit
 
-# Towers. `n_layer` counts the layers that run: of CLIP all but the last.
+# The last is CLIP's ViT-L/14 at 336 pixels, the paper's. CLIP's last layer is left out.
 TOWERS = {
     "tiny": dict(image_size=96, patch=16, n_layer=3, n_embd=192, n_head=3, n_hidden=512),
-    "small": dict(image_size=224, patch=16, n_layer=11, n_embd=384, n_head=6, n_hidden=1536),
-    "base": dict(image_size=224, patch=16, n_layer=11, n_embd=768, n_head=12, n_hidden=3072),
-    "large": dict(image_size=336, patch=14, n_layer=23, n_embd=1024, n_head=16, n_hidden=4096),  # CLIP's ViT-L/14 at 336 pixels, the paper's
+    "large": dict(image_size=336, patch=14, n_layer=23, n_embd=1024, n_head=16, n_hidden=4096),
 }
+# The paper's stages, with the data set that each has by default.
+STAGES = dict(align="llava-pretrain", ocr="ureader", instruct="llava-instruct", task="shapes")
 
 
 @dataclass
-class Settings(train.Settings):
-    stage: str = setting("task", "what is trained, and on what the paper trains it: see above", ("align", "ocr", "instruct", "task"))
-    data: str = setting("shapes", "shapes, docs, charts, tables (drawn on the spot), a data set of the paper (" + ", ".join(name for name in TASKS if TASKS[name].hub) + "), TASK:PATH, "
-                        "or a file with the columns image, source, target")
-    vision: str = setting("tiny", f"the tower: {', '.join(TOWERS)} (from nothing), or hf:FOLDER_OR_ID, CLIP's or SigLIP's weights; with --init_from a run with pictures, that run's")
-    image_size: int = setting(None, "side of the tower's input in pixels; default: the tower's", type=int)
-    patch: int = setting(None, "side of a patch; default: the tower's", type=int)
-    tower_layers: int = setting(None, "layers of a tower from nothing; default: the preset's", type=int)
-    grid: int = setting(3, "a larger picture is cut into at most so many tiles a side, beside its thumbnail; 0: the thumbnail alone")
-    thumbnail: str = setting("squeeze", "how the thumbnail becomes a square: squeezed, or cropped as CLIP does", ("squeeze", "crop"))
-    tokens: str = setting("all", "all; variance, learned: the share --keep of the tiles' tokens; concat: 1 / --keep neighbours become one", ("all", "variance", "learned", "concat"))
-    keep: float = setting(0.33, "share of the tokens that stay")
-    variance_of: str = setting("pixels", "what --tokens=variance takes the variance of: a patch's pixels, or its features", ("pixels", "features"))
-    look: str = setting("none", "a cross-attention to the pictures' tokens in each layer of the encoder or decoder, beside their place in the text (paper, table 3)",
-                        ("none", "encoder", "decoder"))
+class Settings:
+    stage: str = setting("task", "what is trained, see above", tuple(STAGES))
+    data: str = setting(None, f"{', '.join(TASKS)}, TASK:PATH or a file [the stage's]")
+    vision: str = setting("tiny", f"the tower: {', '.join(TOWERS)}, or hf:FOLDER_OR_ID")
+    image_size: int = setting(None, "side of the tower's input [the tower's]", type=int, low=1)
+    patch: int = setting(None, "side of a patch, in pixels [the tower's]", type=int, low=1)
+    grid: int = setting(None, "tiles a side at most [3]; 0: the thumbnail", type=int, high=64)
+    tokens: str = setting(None, "of the tiles that are read [all]", CHOICES["tokens"])
+    keep: float = setting(None, "share that stays [0.33]", type=float, low=1e-4, high=1)
+    look: str = setting(None, "the stack that looks at pictures [none]", CHOICES["look"])
     train_tower: bool = setting(False, "train a tower from a file, too")
-    own: ClassVar = "vision"
-    objective: ClassVar = "seq2seq"
-    source_col: ClassVar = None
-    target_col: ClassVar = None
-    noise: ClassVar = 0.15
-    mean_span: ClassVar = 3.0
-    text_col: ClassVar = "text"
-    max_tokens: ClassVar = 0
-    decontaminate: ClassVar = None
+    arch: str = setting("encdec", "encoder-decoder, or decoder-only", ("encdec", "dec"))
+    preset: str = setting("nano", "size, with the defaults tuned for it", tuple(lm.PRESETS))
+    split: str = setting("2/3", "the encoder's share of the layers", ("1/3", "1/2", "2/3"))
+    tokenizer: str = setting("bpe", "bpe (trained on the data), gpt2, bytes, or a file or folder")
+    vocab_size: int = setting(None, "of a trained vocabulary", type=int, high=2**20)
+    src_len: int = setting(None, "source tokens a row, pictures included", type=int, high=2**20)
+    tgt_len: int = setting(None, "target tokens a row", type=int, low=1, high=2**20)
+    init_from: str = setting("scratch", "scratch, resume (the run in --out), or a run folder")
+    out: str = setting(None, "run folder [a new one in out/]")
+    max_iters: int = setting(None, "optimizer steps [as fit into --max_minutes]", type=int, low=1)
+    max_minutes: float = setting(None, "training time [the preset's]", type=float, low=1e-3)
+    batch_size: int = setting(None, "rows a forward pass", type=int, low=1, high=2**16)
+    grad_accum: int = setting(1, "forward passes a step, on each device", low=1, high=2**16)
+    optimizer: str = setting("muon", "of the matrices; the rest has AdamW", ("muon", "adamw"))
+    lr: float = setting(None, "peak learning rate of the matrices", type=float, high=100)
+    embed_lr: float = setting(None, "of embeddings, gains and biases", type=float, high=100)
+    weight_decay: float = setting(0.1, "of the matrices, times the learning rate", high=100)
+    warmup_iters: int = setting(None, "steps of linear warm-up, at most a tenth", type=int)
+    schedule: str = setting(None, "after it, down to zero", ("cosine", "linear"))
+    eval_interval: int = setting(None, "steps [an eighth of the run]", type=int, low=1)
+    eval_rows: int = setting(256, "held-out rows an evaluation; 0 is all", high=2**20)
+    seed: int = setting(1337, "of weights and rows")
+    device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
+    dtype: str = setting("auto", "of matrix products", ("auto", "float32", "bfloat16"))
+    compile: str = setting("auto", "torch.compile", ("auto", "true", "false"))
+    threads: int = setting(0, "CPU threads; 0 is torch's choice", high=4096)
+    objective: str = setting("seq2seq", "for those who read run.json", ("seq2seq",))
 
 
-OWN = tuple(field.name for field in fields(Settings) if field.name not in {field.name for field in fields(train.Settings)})
-HOW = ("grid", "thumbnail", "tokens", "keep", "variance_of")  # may differ from the run that --init_from names
+SMALL_ROWS = dict(src_len=1024, tgt_len=64, batch_size=5, max_minutes=10, vocab_size=1024)
+LARGE_ROWS = dict(src_len=8192, tgt_len=256, batch_size=4)  # nine tiles of CLIP's are 5,832 tokens
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def resolve(cfg):
+    """Fills in what a run or the preset decides, and refuses what cannot work."""
+    if cfg.init_from == "resume":
+        return resumed(cfg, FREE)
+    if cfg.stage == "align" and cfg.init_from == "scratch":
+        raise UserError("--stage=align needs --init_from=RUN, a trained model, and --vision=hf:...")
+    decided, seen = [], read_vision(cfg.init_from)
+    if cfg.init_from != "scratch":
+        decided += ["arch", "preset", "split", "vocab_size", "tokenizer"]
+        cfg.arch = "encdec" if lm.read_config(cfg.init_from).n_enc else "dec"
+        cfg.preset = read_run(cfg.init_from)["settings"].get("preset", cfg.preset)
+        cfg.tokenizer = cfg.init_from
+    if seen or cfg.vision.startswith("hf:"):
+        decided += ["vision"] * (seen is not None) + ["image_size", "patch"]
+    for name in decided:
+        if name in given():
+            raise UserError(f"--{name} is decided by the run or the tower that is loaded")
+    if cfg.arch == "dec" and cfg.look == "encoder":
+        raise UserError("--look=encoder is for --arch=encdec: use --look=decoder")
+    cfg.data = cfg.data or STAGES[cfg.stage]
+    preset = lm.PRESETS[cfg.preset]
+    defaults = dict(preset["train"], vocab_size=preset["vocab_size"])
+    defaults |= SMALL_ROWS if defaults["src_len"] < 1024 else LARGE_ROWS
+    if cfg.max_iters:
+        defaults["max_minutes"] = None
+    for name, value in defaults.items():
+        if getattr(cfg, name) is None:
+            setattr(cfg, name, value)
+    return cfg
+
+
+# ----------------------------------------------------------------------------------------------
 # The tower
 
-class Layer(nn.Module):
+
+class TowerLayer(nn.Module):
     """Pre-norm attention and MLP, as CLIP has them."""
 
     def __init__(self, cfg):
         super().__init__()
-        self.n_head, self.act = cfg.n_head, cfg.act
-        self.norm1, self.norm2 = nn.LayerNorm(cfg.n_embd, cfg.norm_eps), nn.LayerNorm(cfg.n_embd, cfg.norm_eps)
-        self.wq, self.wk, self.wv, self.wo = (nn.Linear(cfg.n_embd, cfg.n_embd) for _ in range(4))
-        self.up, self.down = nn.Linear(cfg.n_embd, cfg.n_hidden), nn.Linear(cfg.n_hidden, cfg.n_embd)
+        C, D = cfg.n_embd, cfg.n_embd // cfg.n_head
+        heads = dict(n_head=cfg.n_head, n_kv_head=cfg.n_head, head_dim=D)
+        self.norm1, self.norm2 = nn.LayerNorm(C, cfg.norm_eps), nn.LayerNorm(C, cfg.norm_eps)
+        self.attn = lm.Attention(lm.Config(n_embd=C, bias="all", qk_norm=False, **heads))
+        self.up, self.down = nn.Linear(C, cfg.n_hidden), nn.Linear(cfg.n_hidden, C)
+        self.quick = cfg.act == "quick_gelu"
 
     def forward(self, x):
-        """(B, N, C) -> (B, N, C)"""
-        h = self.norm1(x)
-        q, k, v = (w(h).unflatten(-1, (self.n_head, -1)).transpose(1, 2) for w in (self.wq, self.wk, self.wv))  # (B, H, N, D)
-        x = x + self.wo(attend(q, k, v, None, False).transpose(1, 2).flatten(2))
+        x = x + self.attn(self.norm1(x), rope=None)  # (B, N, C)
         h = self.up(self.norm2(x))
-        return x + self.down(h * torch.sigmoid(1.702 * h) if self.act == "quick_gelu" else F.gelu(h, approximate="tanh"))
-
-
-@functools.lru_cache
-def on_device(values, device):
-    """A tensor of constants, copied to the device once."""
-    return torch.tensor(values, device=device)
+        h = h * torch.sigmoid(1.702 * h) if self.quick else F.gelu(h, approximate="tanh")
+        return x + self.down(h)
 
 
 class Tower(nn.Module):
-    """CLIP's vision transformer (Radford et al., 2021) up to the layer whose output LLaVA takes: patches, learned positions, a class token that is dropped at the
-    end. SigLIP's is the same without class token and first norm."""
+    """CLIP's vision transformer (Radford et al., 2021) up to the layer whose output LLaVA takes:
+    patches, learned positions, a class token that is dropped at the end. SigLIP's is the same
+    without class token and first norm."""
 
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        self.patches = nn.Linear(3 * cfg.patch ** 2, cfg.n_embd, bias=cfg.patch_bias)
+        self.patches = nn.Linear(3 * cfg.patch**2, cfg.n_embd, bias=cfg.patch_bias)
         self.embed_class = nn.Parameter(torch.zeros(cfg.n_embd)) if cfg.class_token else None
-        self.embed_position = nn.Parameter(torch.empty(cfg.side ** 2 + cfg.class_token, cfg.n_embd))
-        self.pre_norm = nn.LayerNorm(cfg.n_embd, cfg.norm_eps) if cfg.pre_norm else None
-        self.layers = nn.ModuleList(Layer(cfg) for _ in range(cfg.n_layer))
+        self.embed_position = nn.Parameter(torch.zeros(cfg.side**2 + cfg.class_token, cfg.n_embd))
+        self.pre_norm = nn.LayerNorm(cfg.n_embd, cfg.norm_eps) if cfg.pre_norm else nn.Identity()
+        self.layers = nn.ModuleList(TowerLayer(cfg) for _ in range(cfg.n_layer))
 
     def forward(self, tiles):
-        """tiles (B, size, size, 3) of bytes -> features of the patches, row by row: (B, side * side, n_embd)."""
-        cfg, like = self.cfg, self.patches.weight
-        mean, std = (on_device(tuple(values), like.device) for values in (cfg.mean, cfg.std))
+        """tiles (B, size, size, 3) of bytes -> features of the patches (B, side * side, n_embd)."""
+        side, patch, like = self.cfg.side, self.cfg.patch, self.patches.weight
+        mean, std = (torch.tensor(x, device=like.device) for x in (self.cfg.mean, self.cfg.std))
         x = ((tiles / 255 - mean) / std).to(like.dtype)
-        x = x.unflatten(2, (cfg.side, cfg.patch)).unflatten(1, (cfg.side, cfg.patch))  # (B, side, patch, side, patch, 3)
-        x = self.patches(x.permute(0, 1, 3, 5, 2, 4).flatten(3).flatten(1, 2))
+        x = x.unflatten(2, (side, patch)).unflatten(1, (side, patch))  # (B, side, patch, side, ...
+        x = self.patches(x.permute(0, 1, 3, 5, 2, 4).flatten(3).flatten(1, 2))  # (B, side^2, C)
         if self.embed_class is not None:
             x = torch.cat((self.embed_class.to(x.dtype).expand(len(x), 1, -1), x), dim=1)
-        x = x + self.embed_position.to(x.dtype)
-        x = x if self.pre_norm is None else self.pre_norm(x)
+        x = self.pre_norm(x + self.embed_position.to(x.dtype))
         for layer in self.layers:
             x = layer(x)
-        return x[:, 1:] if self.embed_class is not None else x
-
-    def flops(self):
-        """Of one tile."""
-        n, patches = len(self.embed_position), self.cfg.side ** 2
-        matrices = sum(p.numel() for p in self.layers.parameters() if p.ndim == 2)
-        return 2 * patches * self.patches.weight.numel() + 2 * n * matrices + 4 * n * n * self.cfg.n_embd * self.cfg.n_layer
+        return x[:, self.cfg.class_token :]
 
 
-class Projector(nn.Module):
-    """Features -> tokens of the language model: two layers (paper, section 4.1)."""
-
-    def __init__(self, n_in, n_out):
-        super().__init__()
-        self.up, self.down = nn.Linear(n_in, n_out), nn.Linear(n_out, n_out)
-
-    def forward(self, x):
-        return self.down(F.gelu(self.up(x)))
+# ----------------------------------------------------------------------------------------------
+# Layers that look at the pictures
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The model: a Transformer with eyes
+class Looking:
+    """In front of a block: cross-attention to the tokens of the row's own pictures. `sight` is
+    their keys and values (B, H_kv, P, D), and a mask (B, P); None without pictures."""
 
-class VisionLM(Transformer):
-    """A Transformer, encoder-decoder or decoder-only, whose `see` makes tokens of pictures for `forward` and `generate` (their `images`)."""
+    def __init__(self, cfg):
+        super().__init__(cfg)
+        self.look_norm, self.look = lm.RMSNorm(cfg.n_embd, cfg.norm_eps), lm.Attention(cfg)
+        self.sight = None
+
+    def forward(self, x, *rest):
+        if self.sight is not None:
+            keys, values, mask = self.sight
+            has_some = mask.any(1)[:, None, None]
+            mask = mask[:, None, None] | ~has_some[:, None]  # softmax of nothing is 0/0
+            x = x + has_some * self.look.attend(self.look_norm(x), keys, values, mask)
+        return super().forward(x, *rest)
+
+
+class LookingEncoderBlock(Looking, lm.EncoderBlock):
+    """Pictures, self-attention, MLP."""
+
+
+class LookingDecoderBlock(Looking, lm.DecoderBlock):
+    """Pictures, self-attention, cross-attention to the source, MLP."""
+
+
+# ----------------------------------------------------------------------------------------------
+# The model
+
+
+class VisionLM(lm.Transformer):
+    """A Transformer, encoder-decoder or decoder-only, that reads pictures. `see` makes tokens of
+    them; `forward` and `generate` put these where the placeholders vision.image_id stand."""
 
     def __init__(self, config, vision):
         super().__init__(config)
-        self.vision = vision.check()
+        self.vision, self.images = vision.check(), ()
+        if not 0 <= vision.image_id < config.vocab_size:
+            raise UserError(f"vision: image_id={vision.image_id} is no word of the vocabulary")
+        if vision.look == "encoder":
+            self.enc = nn.ModuleList(LookingEncoderBlock(config) for _ in self.enc)
+        if vision.look == "decoder":
+            self.dec = nn.ModuleList(LookingDecoderBlock(config) for _ in self.dec)
+        self.looking = [block for block in [*self.enc, *self.dec] if isinstance(block, Looking)]
         self.tower = Tower(vision)
-        self.projector = Projector(vision.n_embd * vision.joined, config.n_embd)
-        self.embed_marker = nn.Parameter(torch.zeros(config.n_embd))  # the end of a row of patches
+        n_in, n_out = vision.n_embd * vision.joined, config.n_embd  # two layers: section 4.1
+        self.projector = nn.Sequential(nn.Linear(n_in, n_out), nn.GELU(), nn.Linear(n_out, n_out))
+        self.embed_marker = nn.Parameter(torch.empty(config.n_embd))  # the end of a row of patches
         self.weigh = nn.Linear(vision.n_embd, 1) if vision.tokens == "learned" else None
-        self.tiles_a_row = 1.0  # for `flops`
-        self.init_vision()
+        self.init_weights()  # the tower's layers, too, start as the identity
+        nn.init.normal_(self.tower.embed_position, std=0.5)
+        nn.init.normal_(self.embed_marker)
 
     @torch.no_grad()
-    def init_vision(self):
-        """As the text's: matrices keep the size of what they read, and layers start as the identity."""
-        for module in (self.tower, self.projector, *([self.weigh] if self.weigh else [])):
-            for name, p in module.named_parameters():
-                if name.endswith("bias"):
-                    p.zero_()
-                elif p.ndim == 2 and "position" not in name:
-                    p.normal_(std=p.size(1) ** -0.5)
-        for layer in self.tower.layers:
-            layer.wo.weight.zero_()
-            layer.down.weight.zero_()
-        self.tower.embed_position.normal_(std=0.5)
-        self.embed_marker.normal_(std=1.0)
-
     def see(self, pictures):
-        """Pictures -> tokens (N, C) of all of them in order, as many as data/images.py's n_tokens says; and each one's order (`token_order`)."""
-        with torch.no_grad():
-            tokens, orders, _ = self.tokens_of(pictures)
-        return tokens, orders
+        """Pictures of data/images.py -> the tokens (N, C) of all of them, and each one's order."""
+        return self.tokens_of(pictures)[:2]
 
     def tokens_of(self, pictures):
-        """`see` for training: with gradients, and a third value, what `learned` adds to the mean loss."""
+        """The same with gradients, and what `learned` adds to the mean loss."""
         cfg, device = self.vision, self.embed.weight.device
-        tiles = torch.from_numpy(np.concatenate([picture.tiles for picture in pictures])).to(device)
-        size = len(tiles) if torch.is_grad_enabled() and any(p.requires_grad for p in self.tower.parameters()) else 16  # what is not kept is not needed at once
-        features = torch.cat([self.tower(some) for some in tiles.split(size)])  # (tiles, side * side, n_embd)
-        scores, extra = self.scores(features, pictures)
-        weights = torch.sigmoid(scores) if cfg.tokens == "learned" else None
+        scores, extra = None, 0 * self.embed_marker.sum()
+        if not pictures:
+            return self.embed_marker.new_zeros(0, len(self.embed_marker)), [], extra
+        tiles = torch.from_numpy(np.concatenate([p.tiles for p in pictures])).to(device)
+        trained = torch.is_grad_enabled() and self.tower.embed_position.requires_grad
+        # What needs no gradient need not be kept: 16 tiles at a time.
+        features = torch.cat([self.tower(x) for x in tiles.split(len(tiles) if trained else 16)])
         tokens = self.projector(features.unflatten(1, (-1, cfg.joined)).flatten(2))
-        tokens = tokens if weights is None else tokens * 2 * weights[:, :, None].to(tokens.dtype)  # so that what chooses is trained; the projector's at the start
-        orders = token_orders(pictures, cfg, None if scores is None else scores.detach().cpu().numpy())
+        if cfg.tokens == "learned":
+            # The tokens are weighed so that the choice gets a gradient. The mean weight is drawn
+            # to the share that stays.
+            weights = torch.sigmoid(self.weigh(features)[:, :, 0].float())  # (tiles, N)
+            tokens = tokens * 2 * weights[:, :, None].to(tokens.dtype)
+            scores = weights.detach().cpu().numpy()
+            of_tiles = np.concatenate([np.arange(len(p.tiles)) > 0 for p in pictures])
+            if of_tiles.any():  # the thumbnail, a picture's first input, stays whole
+                extra = (weights[torch.from_numpy(of_tiles)].mean() - cfg.keep) ** 2
+        orders, rows = token_orders(pictures, cfg, scores)
         table = torch.cat((tokens.flatten(0, 1), self.embed_marker[None].to(tokens.dtype)))
-        return table[torch.from_numpy(in_table(orders, pictures, cfg)).to(device)], orders, extra
+        return table[torch.from_numpy(rows).to(device)], orders, extra
 
-    def scores(self, features, pictures):
-        """What decides which tokens stay, (tiles, side * side), where the features do; and the auxiliary loss of `learned`: the share of the tiles' tokens with a weight over
-        one half should be `keep`, so the mean weight is drawn to it."""
-        cfg = self.vision
-        if cfg.tokens == "variance" and cfg.variance_of == "features":
-            return features.float().var(-1), 0.0
-        if cfg.tokens != "learned":
-            return None, 0.0
-        scores = self.weigh(features)[:, :, 0].float()
-        chosen = np.concatenate([np.arange(len(picture.tiles)) > 0 for picture in pictures])  # the thumbnail, a picture's first input, stays whole
-        return scores, (torch.sigmoid(scores[torch.from_numpy(chosen)]).mean() - cfg.keep) ** 2 if chosen.any() else 0.0
+    def look_at(self, images):
+        """The tokens (N, C) of the pictures of the next call, in the order of their placeholders;
+        None for text alone. `forward` and `generate` do this; other methods need it before."""
+        self.images = () if images is None else images.to(self.embed.weight.dtype)
+        for block in self.looking:
+            block.sight = None
 
-    def flops(self, src_len, tgt_len):
-        projector = 2 * self.vision.side ** 2 // self.vision.joined * sum(p.numel() for p in self.projector.parameters() if p.ndim == 2)
-        return super().flops(src_len, tgt_len) + self.tiles_a_row * (self.tower.flops() + projector)
+    def embedded(self, ids):
+        """(B, T) -> (B, T, C), the pictures' tokens at their placeholders."""
+        x, here = super().embedded(ids), ids == self.vision.image_id
+        n = int(here.sum())
+        if n == 0:
+            return x
+        if len(self.images) != n:
+            raise UserError(f"{n} placeholders for pictures, which have {len(self.images)} tokens")
+        counts = here.sum(1)  # each row's; its pictures are padded: (B, P, C)
+        pictures = nn.utils.rnn.pad_sequence(self.images.split(counts.tolist()), True)
+        mask = torch.arange(pictures.size(1), device=ids.device) < counts[:, None]
+        for block in self.looking:
+            block.sight = *block.look.keys_values(pictures), mask
+        return x.masked_scatter(here[:, :, None], self.images)
 
-    def compiled_parts(self):
-        return [*super().compiled_parts(), *self.tower.layers]
+    def decode(self, tokens, encoded=None, src_mask=None, cache=None):
+        """As Transformer's. A cache keeps what the decoder's layers see of the pictures, as
+        further layers behind its own, so that rows may end or move."""
+        looking = self.looking if self.vision.look == "decoder" else []
+        if cache is not None and cache.length:
+            for block, kept in zip(looking, cache.layers[len(self.dec) :]):
+                block.sight = kept.keys, kept.values, *kept.memory
+        states = super().decode(tokens, encoded, src_mask, cache)
+        if cache is not None and len(cache.layers) == len(self.dec):
+            cache.layers += [lm.LayerCache(*b.sight[:2], b.sight[2:]) for b in looking if b.sight]
+        return states
+
+    def forward(self, src, tgt, loss_mask=None, images=None):
+        self.look_at(images)
+        return super().forward(src, tgt, loss_mask)
+
+    def generate(self, prompts, max_new_tokens, *drawing, images=None, **more):
+        """As Transformer's; images: the tokens of all the prompts' pictures, in order."""
+        self.look_at(images)
+        yield from super().generate(prompts, max_new_tokens, *drawing, **more)
+
+    def next_logits(self, states):
+        logits = super().next_logits(states)
+        logits[:, self.vision.image_id] = -torch.inf  # a placeholder is no word of an answer
+        return logits
 
     def save(self, folder, weights="model.safetensors", **metadata):
-        os.makedirs(folder, exist_ok=True)
-        write_json(os.path.join(folder, FILE), asdict(self.vision))
         super().save(folder, weights, **metadata)
+        with open(os.path.join(folder, FILE), "w", encoding="utf-8") as file:
+            json.dump(asdict(self.vision), file, indent=1)
 
     @classmethod
     def of_folder(cls, folder):
-        vision = read_vision(folder)
-        if vision is None:
-            raise ModelError(f"{folder} is a run without pictures ({FILE} is missing)")
-        return cls(read_config(folder), vision)
+        if (vision := read_vision(folder)) is None:
+            raise UserError(f"{folder} is a run without pictures: {FILE} is missing")
+        return cls(lm.read_config(folder), vision)
 
 
 def load_model(folder, weights=None, **where):
-    """The model of a run folder, with eyes where it has some."""
-    return (VisionLM if read_vision(folder) else Transformer).load(folder, weights, **where)
+    """The model of a run folder, a VisionLM if it reads pictures."""
+    return (VisionLM if read_vision(folder) else lm.Transformer).load(folder, weights, **where)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # Towers of others
 
+# Our names of a tower's parts -> those of transformers' CLIPVisionModel and SiglipVisionModel.
+NAMES = {"patches.": "embeddings.patch_embedding.", "embed_class": "embeddings.class_embedding"}
+NAMES |= {"embed_position": "embeddings.position_embedding.weight", "pre_norm.": "pre_layrnorm."}
+NAMES |= {"layers.": "encoder.layers.", "norm1": "layer_norm1", "norm2": "layer_norm2"}
+NAMES |= {".up.": ".mlp.fc1.", ".down.": ".mlp.fc2.", "attn.wo": "self_attn.out_proj"}
+NAMES |= {f"attn.w{x}": f"self_attn.{x}_proj" for x in "qkv"}
+# Our fields -> theirs, with CLIP's defaults and SigLIP's.
+FIELDS = dict(image_size=("image_size", 224, 224), norm_eps=("layer_norm_eps", 1e-5, 1e-6))
+FIELDS |= dict(n_embd=("hidden_size", 768, 768), n_hidden=("intermediate_size", 3072, 3072))
+FIELDS |= dict(n_layer=("num_hidden_layers", 12, 12), n_head=("num_attention_heads", 12, 12))
+FIELDS |= dict(patch=("patch_size", 32, 16), act=("hidden_act", "quick_gelu", "gelu_pytorch_tanh"))
+
+
 def foreign_tower(name):
-    """--vision=hf:NAME -> (VisionConfig fields, weights by this file's names). Reads CLIP's and SigLIP's config.json and safetensors, of the whole model or of its vision half."""
+    """hf:NAME, CLIP's or SigLIP's safetensors -> VisionConfig, and the weights by our names."""
     where = f"--vision=hf:{name}"
     folder = local_folder(name, where)
-    about = read_about(folder, where)
-    try:
-        about = about.get("vision_config", about)
-        clip = "siglip" not in about.get("model_type", "clip")
-        known = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, image_size=224, patch_size=32 if clip else 16,
-                     hidden_act="quick_gelu" if clip else "gelu_pytorch_tanh", layer_norm_eps=1e-5 if clip else 1e-6) | about
-        mean, std = (CLIP_MEAN, CLIP_STD) if clip else ([0.5] * 3, [0.5] * 3)
-        path = os.path.join(folder, "preprocessor_config.json")
-        if os.path.exists(path):
-            with open(path, encoding="utf-8") as f:
-                read = json.load(f)
-            mean, std = read.get("image_mean", mean), read.get("image_std", std)
-        mean, std = list(map(float, mean)), list(map(float, std))
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise UserError(f"{where}: its configuration cannot be read ({error})") from None
-    acts = {"quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh"}
-    if known["hidden_act"] not in acts:
-        raise UserError(f"{where} has the activation {known['hidden_act']}; towers here have quick_gelu or gelu_pytorch_tanh")
-    config = dict(image_size=known["image_size"], patch=known["patch_size"], n_layer=known["num_hidden_layers"] - 1, n_embd=known["hidden_size"], n_head=known["num_attention_heads"],
-                  n_hidden=known["intermediate_size"], act=acts[known["hidden_act"]], class_token=clip, pre_norm=clip, patch_bias=not clip, norm_eps=known["layer_norm_eps"],
-                  mean=mean, std=std)
-    tensors = read_tensors(weight_files(folder, where), lambda key: key.startswith(("vision_model.", "embeddings.", "encoder.", "pre_layrnorm.")))
-    tensors = {key.removeprefix("vision_model."): tensor for key, tensor in tensors.items()}
-    return config, renamed(tensors, config, where)
-
-
-def read_tensors(files, wanted=lambda key: True):
-    """The tensors of safetensors files by name, mapped rather than copied."""
-    tensors = {}
-    for file in files:
+    about = read_json(os.path.join(folder, "config.json"))
+    half = about.get("vision_config")
+    about |= half if type(half) is dict else {}
+    siglip = "siglip" in str(about.get("model_type"))
+    known = {name: about.get(x[0], x[1 + siglip]) for name, x in FIELDS.items()}
+    fields = asdict(VisionConfig()) | known
+    fields["act"] = str(fields["act"]).replace("gelu_pytorch_tanh", "gelu_tanh")
+    if type(fields["n_layer"]) is int:
+        fields["n_layer"] -= 1  # LLaVA takes the output of the last layer but one
+    if siglip:
+        fields |= dict(mean=[0.5] * 3, std=[0.5] * 3)
+    fields |= dict(class_token=not siglip, pre_norm=not siglip, patch_bias=siglip, from_file=True)
+    vision, tensors = from_dict(VisionConfig, fields, where).check(), {}
+    for file in weight_files(folder, where):
         try:
-            with safe_open(file, framework="pt") as f:
-                tensors |= {key: f.get_tensor(key) for key in f.keys() if wanted(key)}
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{file} cannot be read, it is truncated or no safetensors file ({error})") from None
-    return tensors
-
-
-def renamed(tensors, config, where):
-    """The weights of transformers' CLIPVisionModel or SiglipVisionModel under this file's names; each shape is checked by load_state_dict."""
-    names = {"embed_position": "embeddings.position_embedding.weight"}
-    if config["class_token"]:
-        names["embed_class"] = "embeddings.class_embedding"
-    if config["pre_norm"]:
-        names |= {f"pre_norm.{part}": f"pre_layrnorm.{part}" for part in ("weight", "bias")}
-    parts = dict(norm1="layer_norm1", norm2="layer_norm2", wq="self_attn.q_proj", wk="self_attn.k_proj", wv="self_attn.v_proj", wo="self_attn.out_proj", up="mlp.fc1", down="mlp.fc2")
-    for i in range(config["n_layer"]):
-        names |= {f"layers.{i}.{ours}.{part}": f"encoder.layers.{i}.{theirs}.{part}" for ours, theirs in parts.items() for part in ("weight", "bias")}
-    names["patches.weight"] = "embeddings.patch_embedding.weight"
-    if config["patch_bias"]:
-        names["patches.bias"] = "embeddings.patch_embedding.bias"
-    if missing := [theirs for theirs in names.values() if theirs not in tensors]:
-        raise UserError(f"{where} lacks {missing[0]}: are these the weights of a CLIP or SigLIP vision tower?")
-    found = {ours: tensors[theirs].float() for ours, theirs in names.items()}
-    found["patches.weight"] = found["patches.weight"].flatten(1)  # a convolution whose steps are as wide as its window
+            tensors |= {k.removeprefix("vision_model."): x for k, x in load_file(file).items()}
+        except Exception as error:  # safetensors raises its own kind
+            raise UserError(f"{file} is truncated or no safetensors file ({error})") from None
     with torch.device("meta"):
-        wanted = Tower(VisionConfig(**config).check()).state_dict()
-    for name, p in wanted.items():
-        if p.shape != found[name].shape:
-            raise UserError(f"{where}: {names[name]} is {tuple(found[name].shape)} in the file, {tuple(p.shape)} by config.json")
-    return found
+        wanted, weights = Tower(vision).state_dict(), {}
+    for ours, p in wanted.items():
+        theirs = ours
+        for pair in NAMES.items():
+            theirs = theirs.replace(*pair)
+        weights[ours] = tensor = tensors.get(theirs, torch.zeros(0)).float()
+        if ours == "patches.weight" and tensor.ndim == 4:  # a convolution, step equal to window
+            weights[ours] = tensor = tensor.flatten(1)
+        if tensor.shape != p.shape or not tensor.isfinite().all():
+            raise UserError(f"{where}: {theirs} is missing, misshapen or not finite: no CLIP tower")
+    return vision, weights
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The job
-
-class Seeing(Finetuning):
-    """The rows of a task with pictures."""
-
-    def load_task(self, say):
-        return load_picture_task(self.cfg.data, self.cfg.skip_bad, say)
-
-    def __init__(self, cfg, world, say):
-        self.say = say
-        self.vision, self.tower_weights = vision_of(cfg)
-        super().__init__(cfg, world, say)
-        begins = cfg.init_from == "scratch" or cfg.init_from != "resume" and read_vision(cfg.init_from) is None
-        if begins and self.tower_weights is None:  # what most of a picture is should be zero: a constant in every patch outweighs thin strokes, and reading is not learnt
-            self.vision.mean = self.pairs["train"].background() or self.vision.mean
-        example = self.pairs["val"].sizes[0]
-        for size in example[:1]:
-            at = layout(*size, self.vision)
-            say(f"a picture of {size[0]} x {size[1]}: {at.grid[0]} x {at.grid[1]} tiles beside the thumbnail, {self.pairs['val'].n_tokens[0][0]} tokens" if at.rows else
-                f"a picture of {size[0]} x {size[1]}: the thumbnail alone, {self.pairs['val'].n_tokens[0][0]} tokens")
-        if max(self.pairs["train"].tiles()) < 2 and self.vision.tokens in ("variance", "learned"):
-            say(f"no picture is cut into tiles, so --tokens={self.vision.tokens} leaves nothing out: the thumbnail is always kept")
-
-    def make_tokenizer(self, rows):
-        if self.cfg.tokenizer != "bpe":
-            return load_tokenizer(self.cfg.tokenizer)
-        texts = [dict(source=row["source"].replace(IMAGE, ""), target=row["target"]) for row in rows] + [dict(source=text, target="") for text in self.task.others]
-        return train_pair_tokenizer(texts, self.cfg.vocab_size)
-
-    def make_pairs(self, rows):
-        return PicturePairs(rows, self.tokenizer, self.cfg.src_len, self.cfg.tgt_len, self.cfg.arch == "dec", self.vision, self.cfg.skip_bad, self.say)
-
-    def make_model(self):
-        model = self.built()
-        model.tiles_a_row = float(np.mean(self.pairs["train"].tiles()))
-        for name, p in model.named_parameters():
-            p.requires_grad_(self.is_trained(name))
-        return model
-
-    def is_trained(self, name):
-        part = name.split(".")[0]
-        if part == "tower":
-            return self.cfg.train_tower or not self.vision.from_file
-        between = part in ("projector", "embed_marker", "weigh") or ".look" in name
-        return between or self.cfg.stage != "align"
-
-    def built(self):
-        cfg = self.cfg
-        if cfg.init_from == "resume":
-            return VisionLM.load(cfg.out, "model.safetensors")
-        config, weights = new_config(cfg, self.tokenizer), {}
-        if cfg.init_from != "scratch":
-            parent = parent_model(cfg, self.tokenizer, load_model)
-            config, weights = parent.config, parent.state_dict()
-        if "look" not in given() and cfg.init_from != "scratch":
-            cfg.look = config.look
-        model = VisionLM(replace(config, image_id=self.tokenizer.image, look=cfg.look), self.vision)
-        own = model.state_dict()
-        weights = {name: p for name, p in weights.items() if name in own and (own[name].shape == p.shape or not name.startswith("projector"))}
-        model.load_state_dict(own | weights)
-        if self.tower_weights:
-            model.tower.load_state_dict(self.tower_weights)
-        return model
-
-    def about(self):
-        return dict(vision={name: getattr(self.cfg, name) for name in OWN})
-
-    def batch_at(self, step, rows):
-        rows, real = self.share(step, rows)
-        pairs = self.pairs["train"]
-        tensors, pictures = pairs.batch(rows), pairs.pictures(rows)
-        tensors[3][real:] = False
-        tensors[3][[row in pairs.bad for row in rows]] = False
-        return (*to_device(tensors, self.world.device), pictures, int(pairs.lengths[rows[:real]].sum()))
-
-    def loss_of(self, model, batch):
-        *tensors, pictures, _ = batch
-        images, _, extra = model.tokens_of(pictures) if pictures else (None, [], 0.0)
-        n = int(tensors[-1].sum())
-        extra = extra if pictures else 0 * model.embed_marker.sum()  # a batch of texts alone still has a gradient, where all else is frozen
-        return model(*tensors, reduction="sum", images=images)[1] + n * extra, n
-
-    def evaluate(self, model, step, say):
-        metrics = super().evaluate(model, step, say)
-        if step:
-            rows = evenly(len(self.pairs["val"]), min(self.cfg.eval_rows or 256, 256))
-            model.eval()
-            metrics["blank"] = blind_score(model, self.task, self.pairs["val"], rows, self.cfg.tgt_len, 128, self.world)
-            model.train()
-        return metrics
+# ----------------------------------------------------------------------------------------------
 
 
-def blind_score(model, task, pairs, rows, max_new_tokens, batch_rows, world):
-    """The task's own metric on the same questions with an empty ground for each picture: what is known without looking."""
-    pairs.blank = True
-    texts = answers(model, pairs, rows, max_new_tokens, batch_rows, world)
-    pairs.blank = False
-    return next(iter(score(task, texts, [pairs.rows[row] for row in rows]).values()))
+def choose_tower(cfg):
+    """The VisionConfig of a run, and the weights of a tower from a file, else None."""
+    seen, weights = read_vision(cfg.out if cfg.init_from == "resume" else cfg.init_from), None
+    if seen is None and cfg.vision.startswith("hf:"):
+        seen, weights = foreign_tower(cfg.vision[3:])
+    elif seen is None and cfg.vision not in TOWERS:
+        raise UserError(f"--vision={cfg.vision} is none of {', '.join(TOWERS)}, hf:FOLDER_OR_ID")
+    seen = seen or VisionConfig(**TOWERS[cfg.vision])
+    names = ("image_size", "patch", "grid", "tokens", "keep", "look")
+    chosen = {name: getattr(cfg, name) for name in names if getattr(cfg, name) is not None}
+    return replace(seen, **chosen).check(), weights
 
 
-def vision_of(cfg):
-    """-> (VisionConfig, weights of the tower from a file or None)."""
-    how = {name: getattr(cfg, name) for name in HOW}
-    if cfg.init_from not in ("scratch", "resume") and (parent := read_vision(cfg.init_from)):
-        for name in ("vision", "image_size", "patch", "tower_layers"):
-            if name in given():
-                raise UserError(f"--{name}={getattr(cfg, name)} cannot be chosen with --init_from={cfg.init_from}, which has a tower already")
-        vision = replace(parent, **{name: value for name, value in how.items() if name in given()}).check()
-        for name in HOW:
-            setattr(cfg, name, getattr(vision, name))
-        return vision, None
+def make_model(cfg, tokenizer, vision, tower_weights):
+    """A new model, one with the weights of the run --init_from, or, for resume, an empty one."""
     if cfg.init_from == "resume":
-        vision = read_vision(cfg.out)
-        if vision is None:
-            raise UserError(f"{cfg.out} has no {FILE}: it cannot be resumed")
-        return vision, None
-    if cfg.vision.startswith("hf:"):
-        for name in ("image_size", "patch", "tower_layers"):
-            if name in given():
-                raise UserError(f"--{name}={getattr(cfg, name)} cannot be chosen with --vision={cfg.vision}, whose weights have theirs")
-        fields_of_tower, weights = foreign_tower(cfg.vision[3:])
-        return VisionConfig(**fields_of_tower, from_file=True, **how).check(), weights
-    if cfg.vision not in TOWERS:
-        raise UserError(f"--vision={cfg.vision} is neither a tower ({', '.join(TOWERS)}) nor hf:FOLDER_OR_ID")
-    chosen = dict(image_size=cfg.image_size, patch=cfg.patch, n_layer=cfg.tower_layers)
-    return VisionConfig(**TOWERS[cfg.vision] | {name: value for name, value in chosen.items() if value is not None}, **how).check(), None
+        model = VisionLM.of_folder(cfg.out)
+    elif cfg.init_from == "scratch":
+        ids = dict(pad_id=tokenizer.pad, bos_id=tokenizer.bos, eos_id=tokenizer.eos)
+        ids |= dict(vocab_size=tokenizer.vocab_size, src_len=cfg.src_len, tgt_len=cfg.tgt_len)
+        config = lm.make_config(cfg.preset, cfg.arch, cfg.split, **ids)
+        model = VisionLM(config, vision)
+    else:
+        parent = load_model(cfg.init_from)
+        old, known, src_len, tgt_len = parent.config, parent.state_dict(), cfg.src_len, cfg.tgt_len
+        if cfg.arch == "dec":
+            src_len, tgt_len = 0, src_len + tgt_len
+        # A length that was trained once stays trained. Answers do not follow the order of patches.
+        lengths = dict(src_len=max(src_len, old.src_len), tgt_len=max(tgt_len, old.tgt_len))
+        model = VisionLM(replace(old, **lengths, cross_rope=False), vision)
+        for name, p in model.state_dict().items():
+            if name in known and known[name].shape == p.shape:  # a projector may have changed
+                p.copy_(known[name])
+    if tower_weights:
+        model.tower.load_state_dict(tower_weights)
+    for name, p in model.named_parameters():
+        new = name.startswith(("projector", "embed_marker", "weigh")) or ".look" in name
+        p.requires_grad_(new or cfg.stage != "align")
+        if name.startswith("tower"):
+            p.requires_grad_(cfg.train_tower or not vision.from_file)
+    return model
 
 
-DEFAULTS = dict(src_len=1024, tgt_len=64, batch_size=5, max_minutes=10, vocab_size=1024)  # where train.py's are a text's; of nano, mini and small
-LARGE = dict(src_len=8192, tgt_len=256, batch_size=4)  # ... and of the others: nine tiles of CLIP's are 5,832 tokens
-
-
-def check(cfg):
-    if cfg.stage == "align" and cfg.init_from == "scratch":
-        raise UserError("--stage=align trains what stands between a tower and a language model that both know something: --init_from=RUN, and --vision=hf:FOLDER")
-    if cfg.look == "encoder" and cfg.arch == "dec":
-        raise UserError("--look=encoder is for --arch=encdec: a decoder-only model has no encoder; use --look=decoder")
-    if cfg.init_from != "scratch":
-        return  # what is not given is its parent's
-    if cfg.variance_of != "pixels" and cfg.tokens != "variance":
-        raise UserError(f"--variance_of={cfg.variance_of} is for --tokens=variance")
-    if "keep" in given() and cfg.tokens == "all":
-        raise UserError(f"--keep={cfg.keep} is for --tokens=variance, learned or concat")
+@torch.no_grad()
+def evaluate(model, valid_set, cfg, world, step):
+    """Loss and scores of the held-out rows; blank_loss, with an empty ground in the place of each
+    picture: what is known without looking. Shows an example."""
+    model.eval()
+    pairs, loss, texts, n = valid_set.pairs, {True: 0.0, False: 0.0}, [], 0
+    rows = evenly(len(pairs.rows), cfg.eval_rows)
+    rows.sort(key=lambda row: len(pairs.sources[row]), reverse=True)
+    for group in [rows[i : i + 32] for i in range(0, len(rows), 32)]:
+        src, tgt, loss_mask = to_device(pairs.batch(group), world.device)
+        n += int(loss_mask.sum())
+        for pairs.blank in (True, False):  # it ends with the true pictures
+            with world.autocast():
+                images, _ = model.see(pairs.pictures(group))
+                loss[pairs.blank] += model(src, tgt, loss_mask, images).item()
+        if step > 0:  # at step 0, answers are noise that takes long to make
+            shown = SimpleNamespace(generate=partial(model.generate, images=images))
+            texts += write_answers(shown, pairs, group, pairs.tgt_len, world)
+    metrics = dict(val_loss=loss[False] / n, blank_loss=loss[True] / n)
+    if step > 0:
+        held_out = [pairs.rows[row] for row in rows]
+        metrics |= score(valid_set.task, texts, held_out)
+        source, target = held_out[0]["source"][:300], held_out[0]["target"][:300]
+        world.say(f"--- source: {source}\n>>> {texts[0][:300]}\n=== {target}\n---")
+    model.train()
+    return {name: float(value) for name, value in metrics.items()}
 
 
 def main():
-    cfg = read_settings(Settings, __doc__)
-    cfg.cross_rope = bool(cfg.cross_rope)  # an answer does not follow the order of patches
-    for name, value in (DEFAULTS if cfg.preset in ("nano", "mini", "small") else LARGE).items():
-        if getattr(cfg, name) is None and not (name == "max_minutes" and cfg.max_iters):
-            setattr(cfg, name, value)
-    cfg = resolve(cfg)
-    check(cfg)
-    data = os.path.splitext(os.path.basename(cfg.data.rstrip("/")))[0]
-    launch(cfg, Seeing, f"vision-{cfg.arch}-{cfg.preset}-{data}")
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(f"see {os.path.join(cfg.out, 'loss.png')}, and ask it: python sample.py --run={cfg.out} --image=FILE --prompt=...", file=sys.stderr)
+    cfg = resolve(read_settings(Settings, __doc__))
+    vision, tower_weights = choose_tower(cfg)
+    world = start(cfg)
+
+    # Data, model, optimizers, run folder.
+    rows_a_step = cfg.batch_size * cfg.grad_accum * world.size
+    with world.first():  # one process tokenizes, the others read its files
+        train_set, valid_set = open_pictures(cfg, vision, world.say, rows_a_step)
+    if vision.image_id < 0 and not vision.from_file:  # a new tower
+        # Subtract the background; otherwise thin strokes drown in a constant.
+        vision.mean = train_set.pairs.background() or vision.mean
+    vision.image_id = train_set.tokenizer.image
+    torch.manual_seed(cfg.seed)
+    model = world.place(make_model(cfg, train_set.tokenizer, vision, tower_weights))
+    optimizers = make_optimizers(model, cfg, world)
+    params = [p for p in model.parameters() if p.requires_grad]
+    state = dict(step=0, time_s=0.0, tokens=0, max_iters=cfg.max_iters, best=None, last=None)
+    if cfg.init_from == "resume":
+        state |= restore(cfg.out, model, optimizers, train_set, valid_set, world)
+        cfg.max_iters = cfg.max_iters or state["max_iters"]
+    else:
+        name = f"vision-{cfg.arch}-{cfg.preset}-{os.path.basename(cfg.data.rstrip('/'))}"
+        cfg.out = new_run(name, cfg, world, train_set, valid_set)
+    pad, metric = train_set.tokenizer.pad, train_set.metric  # metric: chooses the best checkpoint
+    if world.compile:
+        rows, early = world.rows(0, cfg.batch_size), []
+        for k in range(16):
+            images, _ = model.see(train_set.pictures(k, rows))
+            early.append((*train_set.batch(k, rows), images.cpu().numpy()))
+        compile_parts(model, early, world)
+    log = Log(cfg.out, state["step"], world)
+    world.say(f"{model.num_params():,} parameters; {rows_a_step} rows a step; {world.describe()}")
+
+    stop, seconds, step = catch_signals(), [], state["step"]
+    bar = tqdm(total=cfg.max_iters, initial=step, unit="step", mininterval=0.5, disable=log.quiet)
+    while True:
+        # Evaluation and checkpoint.
+        last = step == cfg.max_iters
+        stopping = world.sum(len(stop))[0] > 0
+        interval = cfg.eval_interval or math.ceil((cfg.max_iters or 1e9) / 8)
+        if (last or step % interval == 0) and not stopping and state["last"] != step:
+            with eager():  # held-out shapes would be compiled one by one
+                metrics = evaluate(model, valid_set, cfg, world, step)
+            shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+            world.say(f"step {step}: {shown}")
+            log.add(dict(step=step, time_s=state["time_s"], tokens=state["tokens"], **metrics))
+            log.plot(metric)
+            if metric in metrics and is_better(metrics, state["best"], metric):
+                state["best"] = dict(metrics, step=step)
+                save_best(cfg.out, model, step, world)
+            state |= dict(last=step, metrics=metrics)
+        if last or stopping or state["last"] == step:
+            state |= dict(step=step, max_iters=cfg.max_iters)
+            save_checkpoint(cfg.out, model, optimizers, state, world)
+        if last or stopping:
+            break
+
+        # One step: the loss is the sum over all micro-batches and processes, over all targets.
+        begin, share = time.perf_counter(), lr_share(step, cfg)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * share
+        # Dropout's draws, too, are a function of seed and step.
+        torch.manual_seed((cfg.seed * 1_000_003 + step) * world.size + world.rank)
+        loss_sum, targets, tokens = 0.0, 0, 0
+        for micro in range(cfg.grad_accum):
+            batch = train_set.batch(step, world.rows(micro, cfg.batch_size))
+            src, tgt, loss_mask = to_device(batch, world.device)
+            pictures = train_set.pictures(step, world.rows(micro, cfg.batch_size))
+            with world.autocast():
+                images, _, extra = model.tokens_of(pictures)
+                loss = model(src, tgt, loss_mask, images)  # summed over the targets
+            loss = loss + extra * int(batch[2].sum())  # the choice of tokens has a loss, too
+            loss.backward()
+            loss_sum = loss_sum + loss.detach()
+            targets, tokens = targets + int(batch[2].sum()), tokens + count_tokens(batch, pad)
+        loss_sum, targets, tokens = map(float, world.sum(loss_sum.item(), targets, tokens))
+        world.sum_gradients(params)
+        grads = [p.grad for p in params if p.grad is not None]
+        torch._foreach_div_(grads, max(1.0, targets))
+        norm = torch.nn.utils.clip_grad_norm_(params, 1.0).item()
+        loss = loss_sum / max(1, targets)
+        if not math.isfinite(loss + norm):  # before it reaches a weight
+            raise UserError(
+                f"the loss is {loss} and the norm of its gradient {norm} at step {step}; the last "
+                f"checkpoint in {cfg.out} is kept. Lower --lr={cfg.lr} or raise --warmup_iters"
+            )
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        # What it took.
+        world.wait()
+        seconds.append(time.perf_counter() - begin)
+        log.add(
+            dict(step=step, time_s=state["time_s"], tokens=state["tokens"], lr=cfg.lr * share)
+            | dict(loss=loss)
+        )
+        step += 1
+        state["time_s"] += seconds[-1]
+        state["tokens"] += int(tokens)
+        speed = {"tok/s": f"{tokens / seconds[-1]:.0f}"}
+        bar.set_postfix(loss=f"{loss:.3f}", lr=f"{cfg.lr * share:.1e}", refresh=False, **speed)
+        bar.update()
+        if cfg.max_iters is None and len(seconds) == TIMED[1]:
+            fit = steps_that_fit(seconds, step, state["time_s"], cfg)
+            cfg.max_iters = bar.total = world.agree(fit)
+            world.say(f"{fit} steps fit into {cfg.max_minutes:g} minutes")
+    bar.close()
+    if stopping:
+        world.say(f"step {step} is saved; go on with --init_from=resume --out={cfg.out}")
+        return 128 + stop[0] if stop else 143
+    best = state["best"] or state["metrics"]
+    world.say(
+        f"trained {state['time_s']:.0f} s, {state['tokens']:,} tokens; the best: "
+        + ", ".join(f"{name} {value:.4g}" for name, value in best.items())
+        + f"\nsee {cfg.out}/loss.png, and ask: python sample.py --run={cfg.out} --image=FILE"
+    )
+    world.stop()
 
 
 if __name__ == "__main__":
