@@ -46,7 +46,6 @@ class Settings:
     )
     source_col: str = setting(None, "tasks: column of the source [the task's, or source]")
     target_col: str = setting(None, "tasks: column of the target [the task's, or target]")
-    decontaminate: str = setting(None, "tasks whose held-out rows the training text must not hold")
     tokenizer: str = setting("bpe", "bpe (trained on the data), gpt2, bytes, or a file or folder")
     vocab_size: int = setting(None, "of a trained vocabulary [the preset's]", type=int, high=2**20)
     src_len: int = setting(None, "source tokens a row [the preset's]", type=int, high=2**20)
@@ -100,8 +99,6 @@ def resolve(cfg):
         raise UserError(f"--data={cfg.data} is a task: leave --objective={cfg.objective} out")
     if cfg.objective == "seq2seq" and cfg.data in ("pycode", "pycode-full"):
         raise UserError(f"--data={cfg.data} is text without targets; docstring makes a task of it")
-    if cfg.objective == "seq2seq" and cfg.decontaminate:
-        raise UserError("--decontaminate is for text; the splits of a task are its own")
     if cfg.arch == "dec" and (cfg.n_enc or cfg.cross_rope):
         raise UserError("--n_enc and --cross_rope are for --arch=encdec")
     defaults = dict(PRESETS[cfg.preset]["train"], vocab_size=PRESETS[cfg.preset]["vocab_size"])

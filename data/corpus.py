@@ -1,9 +1,10 @@
 """Corpora: any text -> documents -> token files on disk, memory-mapped. Needs no torch.
 
-A corpus lies in CACHE/<name>-<hash of all that decides its contents>/ as tokenizer.json, manifest.json and, for each split
-(train, val), shards of about SHARD tokens: train-00000.bin, train-00001.bin ... Each shard is written under another
-name first, and progress.json says how many documents the finished ones hold: tokenizing can be stopped and goes on.
-"""
+A corpus lies in CACHE/NAME-HASH/, where the hash is of all that decides its contents: the
+tokenizer, manifest.json and, for each split, shards of about SHARD tokens, train-00000.bin,
+train-00001.bin and so on. progress-SPLIT.json says how many documents the finished shards hold:
+tokenizing can be stopped and goes on."""
+
 import glob
 import hashlib
 import itertools
@@ -15,103 +16,123 @@ import sysconfig
 import numpy as np
 from tqdm import tqdm
 
-from lib.settings import UserError
-from data.decontaminate import Contamination, clean
-from lib.runs import write_json
 from data.tokenizer import load_tokenizer, train_tokenizer
+from lib.runs import lock_folder, replacing, write_json
+from lib.settings import UserError, read_json
 
-CACHE = os.environ.get("NANOENCDEC_CACHE", os.path.join(os.path.dirname(os.path.abspath(__file__)), "cache"))
-SHARD = 2 ** 26        # tokens
-VAL_EVERY = 20         # where a data set brings no held-out split, every 20th document is held out ...
-VAL_MOST = 2 ** 22     # ... until there are this many tokens
-VOCAB_SAMPLE = 2 ** 25 # characters that a vocabulary is trained on
-LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}  # anything else is plain text
+HERE = os.path.dirname(os.path.abspath(__file__))
+CACHE = os.environ.get("NANOENCDEC_CACHE", os.path.join(HERE, "cache"))
+SHARD = 2**26  # tokens
+VAL_EVERY = 20  # where a data set brings no held-out split, every 20th document is held out ...
+VAL_MOST = 2**22  # ... until there are this many tokens
+VOCAB_SAMPLE = 2**25  # characters that a vocabulary is trained on
+# What a file's ending says; anything else is plain text.
+KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
+HELD_OUT = {"val", "valid", "validation", "dev"}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Where documents come from. A source is (name, identity, open_split): `identity` is what decides the contents (it is
-# hashed), open_split("train" or "val") an iterator over texts.
+# ----------------------------------------------------------------------------------------------
+# Where documents come from
+
 
 def python_files(full):
-    """The Python source this machine has: the standard library, with `full` also the installed packages. Duplicates are
-    dropped, one file in 20 (by a hash of its text, so that a copy never stands on both sides) is held out."""
-    roots = [sysconfig.get_paths()["stdlib"]] + ([sysconfig.get_paths()["purelib"]] if full else [])
-    seen, files = set(), []
-    for root in roots:
+    """The Python source that this machine has: the standard library and, with `full`, the installed
+    packages. Copies are dropped; one file in 20, by a hash of its text, is held out."""
+    paths, seen, files = sysconfig.get_paths(), set(), []
+    for root in [paths["stdlib"], *([paths["purelib"]] if full else [])]:
         for path in sorted(glob.glob(os.path.join(root, "**", "*.py"), recursive=True)):
             name = os.path.relpath(path, root)
             if "site-packages" in name or "dist-packages" in name:
                 continue  # counted from their own root
             try:
-                with open(path, encoding="utf-8") as f:
-                    text = f.read()
+                with open(path, encoding="utf-8") as file:
+                    text = file.read().encode("utf-8", "replace")
             except (UnicodeDecodeError, OSError):
                 continue
-            digest = hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
+            digest = hashlib.sha256(text).hexdigest()
             if text.strip() and digest not in seen:
                 seen.add(digest)
-                files.append(dict(file=name, bytes=len(text.encode("utf-8", "replace")), sha256=digest,
-                                  split="val" if int(digest[:8], 16) % 20 == 0 else "train", path=path))
+                split = "val" if int(digest[:8], 16) % 20 == 0 else "train"
+                about = dict(file=name, bytes=len(text), sha256=digest, split=split)
+                files.append(about | dict(path=path))
     return files
 
 
 def open_python(files, split):
-    for file in files:
-        if file["split"] == split:
-            with open(file["path"], encoding="utf-8") as f:
-                yield f.read()
+    for about in files:
+        if about["split"] == split:
+            with open(about["path"], encoding="utf-8") as file:
+                yield file.read()
 
 
 def split_files(path):
-    """(split -> files of a path, their kind): splits as the files' names tell, train, valid or val, test (not used here). A file
-    whose name tells nothing is training data."""
-    found = sorted(glob.glob(os.path.join(glob.escape(path), "**", "*"), recursive=True)) if os.path.isdir(path) else [path]
-    files = [f for f in found if os.path.isfile(f) and not os.path.basename(f).startswith(".")]
+    """(split -> files of a path, their kind). Splits are told by the files' names: train, valid or
+    val, test. A file whose name tells nothing is training data."""
+    found = [path]
+    if os.path.isdir(path):
+        found = sorted(glob.glob(os.path.join(glob.escape(path), "**", "*"), recursive=True))
+    hidden = [name for name in found if os.path.basename(name).startswith(".")]
+    files = [name for name in found if os.path.isfile(name) and name not in hidden]
     splits = {"train": [], "val": [], "test": []}
-    for file in files:
-        name = os.path.basename(file).lower()
-        words = set(re.split(r"[^a-z]+", name))
-        split = "val" if words & {"val", "valid", "validation", "dev"} else "test" if "test" in words else "train"
-        splits["train" if len(files) == 1 else split].append(file)
+    for name in files:
+        words = set(re.split(r"[^a-z]+", os.path.basename(name).lower()))
+        split = "test" if "test" in words else "train"
+        split = "val" if words & HELD_OUT else split
+        splits["train" if len(files) == 1 else split].append(name)
     if not splits["train"]:
         raise UserError(f"--data={path}: no training files there")
-    if not any(os.path.getsize(f) for f in splits["train"]):
-        raise UserError(f"--data={path}: the file is empty" if len(files) == 1 else f"--data={path}: all files are empty")
-    kinds = {LOADERS.get(os.path.splitext(f)[1].lower(), "text") for f in files}
+    if not any(os.path.getsize(name) for name in splits["train"]):
+        raise UserError(f"--data={path}: {'the file is' if len(files) == 1 else 'all are'} empty")
+    kinds = {KINDS.get(os.path.splitext(name)[1].lower(), "text") for name in files}
     if len(kinds) > 1:
-        raise UserError(f"--data={path}: files of several kinds ({', '.join(sorted(kinds))}); keep one kind in the folder")
+        raise UserError(f"--data={path}: keep one kind of files there, not {sorted(kinds)}")
     return splits, kinds.pop()
 
 
-def open_rows(kind, files, **options):
-    """Rows (dicts) of local files or a Hub data set, streamed through the `datasets` library; `options` go to its reader."""
+def open_rows(kind, files, columns=()):
+    """Rows, dicts, of local files, or of the Hub data set `kind` where `files` is the name of a
+    split; streamed through the `datasets` library. The columns named are texts as they stand: "NA"
+    and "42" too."""
     import datasets
+
     datasets.disable_progress_bars()
+    options = dict(split="train", streaming=True, data_files=files)
+    if kind in ("csv", "tsv"):
+        options |= dict(keep_default_na=False, converters=dict.fromkeys(columns, str))
+        options["sep"] = "," if kind == "csv" else "\t"
     try:
-        if isinstance(files, str):  # a Hub id and a split
-            rows = datasets.load_dataset(kind, split=files, streaming=True)
+        if isinstance(files, str):
+            yield from datasets.load_dataset(kind, split=files, streaming=True)
         else:
-            more = dict(sample_by="document") if kind == "text" else {}
-            rows = datasets.load_dataset(kind, data_files=files, split="train", streaming=True, **more, **options)
-        yield from rows
+            yield from datasets.load_dataset("csv" if kind == "tsv" else kind, **options)
     except (ConnectionError, FileNotFoundError, datasets.exceptions.DatasetNotFoundError) as error:
-        raise UserError(f"--data={kind} is neither a built-in name (pycode, pycode-full) nor a path here, and as a Hub data "
-                        f"set it could not be reached ({type(error).__name__}); to use a local copy, pass its path") from None
-    except Exception as error:  # the readers behind `datasets` raise their own kinds for broken files
-        first = str(error.__cause__ or error).splitlines()
-        raise UserError(f"reading {files} failed: {first[0] if first else type(error).__name__}") from None
+        raise UserError(
+            f"--data={kind} is no built-in name and no path here, and as a Hub data set it could "
+            f"not be reached ({type(error).__name__}); to use a local copy, pass its path"
+        ) from None
+    except Exception as error:  # the readers behind `datasets` raise their own kinds
+        first = str(error.__cause__ or error).splitlines() or [type(error).__name__]
+        raise UserError(f"reading {files} failed: {first[0][:300]}") from None
 
 
-def open_texts(kind, files, column):
-    """One column of those rows: texts that are not empty."""
-    for row in open_rows(kind, files):
-        if column not in row:
-            raise UserError(f"there is no column {column!r} in {kind if isinstance(files, str) else files[0]}; it has "
-                            f"{', '.join(row) or 'none'}: choose with --text_col")
-        if not isinstance(row[column], str | None):
-            raise UserError(f"column {column!r} holds {type(row[column]).__name__}, not text: choose with --text_col")
-        if row[column]:
-            yield row[column]
+def open_texts(kind, files):
+    """Texts that are not empty: whole files of plain text, or the column `text` of rows."""
+    if kind == "text":
+        for path in files:
+            try:
+                with open(path, encoding="utf-8", newline="") as file:  # \r stays
+                    yield file.read()
+            except UnicodeDecodeError as error:
+                raise UserError(f"{path} is not UTF-8 (at byte {error.start})") from None
+        return
+    for row in open_rows(kind, files, ["text"]):
+        text = row.get("text", "")
+        if "text" not in row or not isinstance(text, str | None):
+            told = "is no text" if "text" in row else f"is not among {', '.join(map(str, row))}"
+            where = kind if isinstance(files, str) else files[0]
+            raise UserError(f"{where}: the column `text`, which is read, {told}")
+        if text:
+            yield text
 
 
 def held_out(documents, split):
@@ -121,7 +142,7 @@ def held_out(documents, split):
         if split == "val" and kept >= VAL_MOST:
             return
         is_val = number % VAL_EVERY == VAL_EVERY - 1 and kept < VAL_MOST
-        kept += is_val * len(text) // 3  # about what a token covers: exact counting would need the tokenizer here
+        kept += is_val * len(text) // 3  # about what a token covers: counting would need tokens
         if is_val == (split == "val"):
             yield text
 
@@ -133,73 +154,78 @@ def last_tenth(documents, split):
         yield text[:cut] if split == "train" else text[cut:]
 
 
-def find_source(data, column):
-    """--data -> (name, identity, open_split). Raises UserError for a path that is not there."""
+def find_source(data):
+    """--data -> (name, identity, open_split): `identity` is what decides the contents, and
+    open_split("train" or "val") gives the texts."""
     if data in ("pycode", "pycode-full"):
         files = python_files(full=data == "pycode-full")
-        identity = [{key: file[key] for key in ("file", "bytes", "sha256", "split")} for file in files]
+        identity = [[about["file"], about["sha256"], about["split"]] for about in files]
         return data, identity, lambda split: open_python(files, split)
     if os.path.exists(data):
         splits, kind = split_files(data)
         used = splits["train"] + splits["val"]
-        identity = [kind, column, [[os.path.abspath(f), os.path.getsize(f), os.stat(f).st_mtime_ns] for f in used]]
+        facts = [[os.path.abspath(f), os.path.getsize(f), os.stat(f).st_mtime_ns] for f in used]
         name = os.path.basename(os.path.abspath(data))
-        column = "text" if kind == "text" else column
         if splits["val"]:
-            return name, identity, lambda split: open_texts(kind, splits[split], column)
+            return name, [kind, facts], lambda split: open_texts(kind, splits[split])
         rule = last_tenth if kind == "text" and len(used) == 1 else held_out
-        return name, identity, lambda split: rule(open_texts(kind, splits["train"], column), split)
-    if data.startswith((".", "/", "~")) or os.path.splitext(data)[1] in (*LOADERS, ".txt") or data.count("/") != 1:
-        raise UserError(f"--data={data}: no such file or folder, and no built-in name (pycode, pycode-full)")
-    return data.replace("/", "--"), [data, column], lambda split: held_out(open_texts(data, "train", column), split)
+        return name, [kind, facts], lambda split: rule(open_texts(kind, splits["train"]), split)
+    is_path = data.startswith((".", "/", "~")) or os.path.splitext(data)[1] in (*KINDS, ".txt")
+    if is_path or data.count("/") != 1:
+        raise UserError(f"--data={data}: no such file or folder, and no built-in name")
+    return data.replace("/", "--"), [data], lambda split: held_out(open_texts(data, "train"), split)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # Documents -> token files
 
-def prepare(data, tokenizer="bpe", vocab_size=4096, text_col="text", max_tokens=0, avoid=(), log=print):
-    """The Corpus of --data, tokenized on first use and from the cache after that. max_tokens: of training text; 0 is all.
-    avoid: evaluation texts that no training document may contain."""
-    name, identity, open_split = find_source(data, text_col)
-    ready = None if tokenizer == "bpe" else load_tokenizer(tokenizer)
-    key = json.dumps([1, identity, f"bpe-{vocab_size}" if ready is None else ready.hash(), max_tokens, *avoid])
-    folder = os.path.join(CACHE, f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}")
-    if avoid:
-        contamination, open_all = Contamination(avoid), open_split
 
-        def open_split(split):
-            return clean(open_all(split), contamination, folder, log) if split == "train" else open_all(split)
+def prepare(data, tokenizer="bpe", vocab_size=4096, log=print):
+    """The Corpus of --data, tokenized on first use and from the cache after that."""
+    name, identity, open_split = find_source(data)
+    ready = None if tokenizer == "bpe" else load_tokenizer(tokenizer)
+    key = json.dumps([2, identity, vocab_size if ready is None else ready.hash()])
+    folder = os.path.join(CACHE, f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}")
+    os.makedirs(folder, exist_ok=True)
+    lock = lock_folder(folder, wait=True)  # another process may be tokenizing the same
     if not os.path.isfile(os.path.join(folder, "manifest.json")):
-        os.makedirs(folder, exist_ok=True)
-        tokenize(folder, identity, open_split, ready, vocab_size, max_tokens, log)
+        tokenize(folder, identity, open_split, ready, vocab_size, log)
+    if lock:
+        lock.close()
     return Corpus(folder)
 
 
-def tokenize(folder, identity, open_split, tokenizer, vocab_size, max_tokens, log):
+def tokenize(folder, identity, open_split, tokenizer, vocab_size, log):
     log(f"tokenizing into {folder} (once)")
     path = os.path.join(folder, "tokenizer.json")
     if tokenizer is None and not os.path.exists(path):
         sample = itertools.takewhile(Budget(VOCAB_SAMPLE), open_split("train"))
-        tokenizer = train_tokenizer(tqdm(sample, desc="training the vocabulary", unit=" documents"), vocab_size)
+        tokenizer = train_tokenizer(
+            tqdm(sample, desc="training the vocabulary", unit=" documents"), vocab_size
+        )
     if not os.path.exists(path):
         tokenizer.save(folder)
     tokenizer = load_tokenizer(path)
     counts = {}
     for split in ("train", "val"):
-        counts[split] = tokenize_split(folder, split, open_split, tokenizer, max_tokens if split == "train" else 0)
+        counts[split] = tokenize_split(folder, split, open_split, tokenizer)
         if not counts[split]["tokens"]:
-            raise UserError(f"the {split} split of the data is empty: give more text, or files named train and val")
-    manifest = dict(vocab_size=tokenizer.vocab_size, tokenizer=tokenizer.hash(), splits=counts, source=identity)
+            raise UserError(
+                f"the {split} split of the data is empty: give more text, or files train and val"
+            )
+    manifest = dict(
+        vocab_size=tokenizer.vocab_size, tokenizer=tokenizer.hash(), splits=counts, source=identity
+    )
     write_json(os.path.join(folder, "manifest.json"), manifest)
 
 
-def tokenize_split(folder, split, open_split, tokenizer, most):
-    """Writes the shards of one split, going on behind the last finished one. Documents are separated by eos."""
+def tokenize_split(folder, split, open_split, tokenizer):
+    """Writes the shards of one split, going on behind the last finished one. Documents are
+    separated by eos."""
     state_path = os.path.join(folder, f"progress-{split}.json")
     state = dict(shards=0, documents=0, tokens=0, bytes=0)
     if os.path.exists(state_path):
-        with open(state_path, encoding="utf-8") as f:
-            state = json.load(f)
+        state = read_json(state_path)
     documents = itertools.islice(open_split(split), state["documents"], None)
     bar = tqdm(desc=f"tokenizing {split}", unit=" tokens", unit_scale=True, initial=state["tokens"])
     shard, size = [], 0
@@ -207,16 +233,13 @@ def tokenize_split(folder, split, open_split, tokenizer, most):
     def finish():
         nonlocal shard, size
         name = os.path.join(folder, f"{split}-{state['shards']:05d}.bin")
-        with open(name + ".new", "wb") as f:
-            np.concatenate(shard).tofile(f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(name + ".new", name)
+        with replacing(name) as new:
+            np.concatenate(shard).tofile(new)
         state.update(shards=state["shards"] + 1, tokens=state["tokens"] + size)
         write_json(state_path, state)
         shard, size = [], 0
 
-    while (not most or state["tokens"] + size < most) and (texts := list(itertools.islice(documents, 64))):
+    while texts := list(itertools.islice(documents, 64)):
         for text, ids in zip(texts, tokenizer.encode_batch(texts)):
             shard.append(np.array([*ids, tokenizer.eos], dtype=token_type(tokenizer)))
             size += len(ids) + 1
@@ -232,7 +255,7 @@ def tokenize_split(folder, split, open_split, tokenizer, most):
 
 
 def token_type(tokenizer):
-    return np.uint16 if tokenizer.vocab_size <= 2 ** 16 else np.uint32
+    return np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
 
 
 class Budget:
@@ -246,27 +269,38 @@ class Budget:
         return self.left > -len(text)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # Token files -> windows
+
 
 class Corpus:
     """The token files of one corpus. `splits[name]` is a Tokens."""
 
     def __init__(self, folder):
         self.folder = folder
-        with open(os.path.join(folder, "manifest.json"), encoding="utf-8") as f:
-            self.manifest = json.load(f)
+        self.manifest = read_json(os.path.join(folder, "manifest.json"))
         self.tokenizer = load_tokenizer(folder)
         dtype = token_type(self.tokenizer)
-        self.splits = {split: Tokens([np.memmap(path, dtype, "r") for path in
-                                      sorted(glob.glob(os.path.join(glob.escape(folder), f"{split}-*.bin")))])
-                       for split in ("train", "val")}
+        self.splits = {
+            split: Tokens(
+                [
+                    np.memmap(path, dtype, "r")
+                    for path in sorted(
+                        glob.glob(os.path.join(glob.escape(folder), f"{split}-*.bin"))
+                    )
+                ]
+            )
+            for split in ("train", "val")
+        }
         self.hash = hashlib.sha256(json.dumps(self.manifest).encode()).hexdigest()[:12]
 
     def describe(self):
         splits = self.manifest["splits"]
-        sizes = [f"{split} {splits[split]['tokens']:,} tokens of {splits[split]['documents']:,} documents "
-                 f"({splits[split]['bytes'] / 1e6:.1f} MB)" for split in ("train", "val")]
+        sizes = [
+            f"{split} {splits[split]['tokens']:,} tokens of {splits[split]['documents']:,} texts "
+            f"({splits[split]['bytes'] / 1e6:.1f} MB)"
+            for split in ("train", "val")
+        ]
         return f"{self.folder}: {', '.join(sizes)}; vocabulary {self.tokenizer.vocab_size}"
 
 
@@ -288,7 +322,7 @@ class Tokens:
         parts, shard = [], int(np.searchsorted(self.ends, start, side="right"))
         while length > 0:
             begin = start - int(self.ends[shard] - len(self.shards[shard]))
-            part = self.shards[shard][begin:begin + length]
+            part = self.shards[shard][begin : begin + length]
             parts.append(part)
             start, length, shard = start + len(part), length - len(part), shard + 1
         return np.concatenate(parts).astype(np.int64)

@@ -15,7 +15,7 @@ import numpy as np
 from data.corpus import prepare
 from data.metrics import score
 from data.objectives import OBJECTIVES, make_batch, uniforms
-from data.tasks import evaluation_texts, load_task
+from data.tasks import load_task
 from data.tokenizer import load_tokenizer, train_tokenizer
 from lib.settings import UserError
 
@@ -27,8 +27,7 @@ def open_data(cfg, say, n_rows):
     processes."""
     if cfg.objective == "seq2seq":
         return open_task(cfg, say, n_rows)
-    avoid = evaluation_texts(cfg.decontaminate) if cfg.decontaminate else ()
-    corpus = prepare(cfg.data, cfg.tokenizer, cfg.vocab_size, avoid=avoid, log=say)
+    corpus = prepare(cfg.data, cfg.tokenizer, cfg.vocab_size, say)
     say(corpus.describe())
     return tuple(TextSet(corpus, split, cfg) for split in ("train", "val"))
 

@@ -1,39 +1,59 @@
-"""Text to ids and back: byte-pair encoding (trained here with rustbpe, or GPT-2's), plain bytes, or the tokenizer.json of a
-Hugging Face model. Needs no torch.
+"""Text to ids and back: byte-pair encoding, trained here with rustbpe or GPT-2's; plain bytes; or
+the tokenizer.json of a Hugging Face model. Needs no torch.
 
 Ids: first the text's own, 0 .. n_text - 1, then 261 special ones that no text encodes to:
-    pad, bos, eos, sep (stands between source and target in a decoder-only sequence), image (a placeholder for one
-    vision token), and 256 sentinels (each stands for a masked span).
-A Hugging Face tokenizer keeps all its ids, its special ones included, as the first n_text; its own begin and end of
-sequence are bos and eos, so that a student ends its answers as its teacher does.
+    pad, bos, eos, sep (between source and target in a decoder-only sequence), image (a placeholder
+    for one token of a picture), and 256 sentinels, each for a hidden span.
+A Hugging Face tokenizer keeps all its ids, its special ones included, as the first n_text. Its own
+begin and end of sequence are bos and eos, so that a student ends its answers as its teacher does.
 """
+
 import base64
 import functools
 import hashlib
 import json
 import os
+import re
 
-from lib.settings import UserError
 from lib.runs import write_json
+from lib.settings import UserError, read_json
 
-# GPT-4's rule for cutting text into words before merging, with numbers in groups of up to two digits instead of three:
-# a small vocabulary has better uses for its slots. Trainer and encoder share this one string.
-PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+")
+# GPT-4's rule for cutting text into words before merging, with numbers in groups of up to two
+# digits instead of three: a small vocabulary has better uses for its slots. Trainer and encoder
+# share it.
+PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|"
+    r"\s*[\r\n]|\s+(?!\S)|\s+"
+)
+# A pattern's work on a run without a cut grows with its square, and its memory may end: a million
+# spaces are cut before they reach it.
+LONG = re.compile(r"\s{512}|\S{4096}")
 N_SENTINELS = 256
 N_SPECIAL = 5 + N_SENTINELS
 FILE = "tokenizer.json"
 
 
-class Tokenizer:
-    """kind: "bytes"; "bpe", with `ranks` (each token's bytes, in order of rank) and a `pattern`; or "hf", with `source`, the
-    text of a Hugging Face tokenizer.json, and the ids of its bos and eos (None: it has none)."""
+def pieces(text):
+    """A text in parts, cut only inside very long runs."""
+    ends = [match.end() for match in LONG.finditer(text)]
+    return [text[a:b] for a, b in zip([0, *ends], [*ends, len(text)])]
 
-    def __init__(self, kind, ranks=None, pattern=None, source=None, bos=None, eos=None):
+
+class Tokenizer:
+    """kind: "bytes"; "bpe", with `ranks`, each token's bytes in order of rank, and a `pattern`; or
+    "hf", with `source`, the text of a Hugging Face tokenizer.json, the ids `bos` and `eos` of its
+    ends, None where it has none, and `begin`: the id that its own call puts in front, -1 for
+    none."""
+
+    def __init__(self, kind, ranks=None, pattern=None, source=None, bos=None, eos=None, begin=None):
         self.kind, self.pattern, self.source = kind, pattern, source
-        self.ranks = [bytes([i]) for i in range(256)] if kind == "bytes" else token_bytes(self.foreign) if kind == "hf" else ranks
+        if kind == "bytes":
+            ranks = [bytes([i]) for i in range(256)]
+        self.ranks = token_bytes(self.foreign) if kind == "hf" else ranks
         self.n_text = len(self.ranks)
         self.pad, self.bos, self.eos, self.sep, self.image = range(self.n_text, self.n_text + 5)
         self.bos, self.eos = self.bos if bos is None else bos, self.eos if eos is None else eos
+        self.begin = self.bos if begin is None else begin
         self.first_sentinel = self.n_text + 5
         self.vocab_size = self.n_text + N_SPECIAL
 
@@ -44,12 +64,16 @@ class Tokenizer:
     @functools.cached_property
     def merges(self):
         import tiktoken
+
         ranks = {token: rank for rank, token in enumerate(self.ranks)}
-        return tiktoken.Encoding("nanoencdec", pat_str=self.pattern, mergeable_ranks=ranks, special_tokens={})
+        return tiktoken.Encoding(
+            "nanoencdec", pat_str=self.pattern, mergeable_ranks=ranks, special_tokens={}
+        )
 
     @functools.cached_property
     def foreign(self):
         from tokenizers import Tokenizer as Foreign
+
         tokenizer = Foreign.from_str(self.source)
         tokenizer.encode_special_tokens = True  # "</s>" in a text is four characters, not the end
         tokenizer.no_truncation()
@@ -58,28 +82,37 @@ class Tokenizer:
 
     @functools.cached_property
     def leading_space(self):
-        """Whether encoding puts a space before the text, as SentencePiece does, which decoding has to take away."""
+        """Whether encoding puts a space before the text, as SentencePiece does, which decoding has
+        to take away."""
         return self.kind == "hf" and self.bytes_of(self.encode("a")) == b" a"
 
     def encode(self, text):
-        """Ids of a text. Never a special one, whatever the text says. A lone surrogate, which UTF-8 cannot hold, becomes
-        the replacement character."""
+        """Ids of a text. Never a special one, whatever the text says. A lone surrogate, which UTF-8
+        cannot hold, becomes the replacement character."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts):
-        texts = [text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for text in texts]
+        texts = [
+            text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for text in texts
+        ]
         if self.kind == "bytes":
             return [list(text.encode()) for text in texts]
+        parts = [[text] if self.kind == "hf" else pieces(text) for text in texts]
+        flat = [part for row in parts for part in row]
         if self.kind == "hf":
-            return [encoding.ids for encoding in self.foreign.encode_batch(texts, add_special_tokens=False)]
-        return self.merges.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
+            made = self.foreign.encode_batch(flat, add_special_tokens=False)
+            found = iter([encoding.ids for encoding in made])
+        else:
+            found = iter(self.merges.encode_ordinary_batch(flat, num_threads=os.cpu_count() or 1))
+        return [[id for _ in row for id in next(found)] for row in parts]
 
     def bytes_of(self, ids):
         """The bytes that ids stand for; special ids stand for none."""
         return b"".join(self.ranks[i] for i in ids if 0 <= i < self.n_text)
 
     def decode(self, ids):
-        """Text of ids; special ones are left out, bytes that are no UTF-8 become the replacement character."""
+        """Text of ids; special ones are left out, bytes that are no UTF-8 become the replacement
+        character."""
         text = self.bytes_of(ids).decode("utf-8", "replace")
         return text.removeprefix(" ") if self.leading_space else text
 
@@ -102,12 +135,16 @@ class Tokenizer:
         return "".join(parts[:-1])
 
     def to_dict(self):
-        ranks = None if self.kind == "bytes" else [base64.b64encode(token).decode() for token in self.ranks]
-        foreign = {"source": self.source, "bos": self.bos, "eos": self.eos} if self.kind == "hf" else {}
-        return {"format": "nanoencdec", "kind": self.kind, "pattern": self.pattern, "ranks": None if foreign else ranks, **foreign}
+        about = dict(format="nanoencdec", kind=self.kind, pattern=self.pattern, ranks=None)
+        if self.kind == "bpe":
+            about["ranks"] = [base64.b64encode(token).decode() for token in self.ranks]
+        if self.kind == "hf":
+            about |= dict(source=self.source, bos=self.bos, eos=self.eos, begin=self.begin)
+        return about
 
     def hash(self):
-        """Twelve hex digits that stand for everything about it: two tokenizers of one hash give the same ids."""
+        """Twelve hex digits that stand for everything about it: two tokenizers of one hash give the
+        same ids."""
         return hashlib.sha256(json.dumps(self.to_dict()).encode()).hexdigest()[:12]
 
     def save(self, folder):
@@ -117,18 +154,22 @@ class Tokenizer:
 def letters_of_bytes():
     """GPT-2's letter for each byte."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    return {i: chr(i) for i in printable} | {i: chr(256 + n) for n, i in enumerate(i for i in range(256) if i not in printable)}
+    others = [i for i in range(256) if i not in printable]
+    return {i: chr(i) for i in printable} | {i: chr(256 + n) for n, i in enumerate(others)}
 
 
 def token_bytes(tokenizer):
-    """The bytes of every id of a Hugging Face tokenizer; none for its special ids. Two spellings are in use: GPT-2's, a letter for
-    each byte, and SentencePiece's, where a space is U+2581 and a lone byte is <0x0A>."""
+    """The bytes of every id of a Hugging Face tokenizer; none for its special ids. Two spellings
+    are in use: GPT-2's, a letter for each byte, and SentencePiece's, where a space is U+2581 and a
+    lone byte is <0x0A>."""
     about = json.loads(tokenizer.to_str())
     added = {token["id"]: token for token in about["added_tokens"]}
     letters = {letter: byte for byte, letter in letters_of_bytes().items()}
-    by_letters = "ByteLevel" in json.dumps(about["decoder"])
-    ids, size = tokenizer.get_vocab(with_added_tokens=True), tokenizer.get_vocab_size(with_added_tokens=True)
-    found = [b""] * max(size, 1 + max(ids.values()))
+    by_letters, ids = "ByteLevel" in json.dumps(about["decoder"]), tokenizer.get_vocab(True)
+    size = max(tokenizer.get_vocab_size(True), 1 + max(ids.values()))
+    if size > 2**20:
+        raise ValueError(f"an id of {size:,}")
+    found = [b""] * size
     for piece, i in ids.items():
         if i in added:
             found[i] = b"" if added[i]["special"] else added[i]["content"].encode()
@@ -142,121 +183,185 @@ def token_bytes(tokenizer):
 
 
 def merges_of(ranks):
-    """The pairs that make each token of a byte-pair vocabulary, in order of rank: what GPT-2's way of writing one down has in place of ranks."""
+    """The pairs that make each token of a byte-pair vocabulary, in order of rank: what GPT-2's way
+    of writing one down has in place of ranks."""
     rank_of, merges = {token: rank for rank, token in enumerate(ranks)}, []
     for rank, token in enumerate(ranks):
         parts = [bytes([byte]) for byte in token]
         while len(parts) > 2:  # as encoding goes, with the tokens that come before this one
-            best = min(range(len(parts) - 1), key=lambda i: rank_of.get(parts[i] + parts[i + 1], rank))
-            parts[best:best + 2] = [parts[best] + parts[best + 1]]
+            made = [rank_of.get(a + b, rank) for a, b in zip(parts, parts[1:])]
+            best = made.index(min(made))
+            parts[best : best + 2] = [parts[best] + parts[best + 1]]
         if len(parts) == 2:
             merges.append(tuple(parts))
     return merges
 
 
-def to_foreign(tokenizer):
-    """(tokenizer.json, tokenizer_config.json) by which the libraries `tokenizers` and `transformers` give the same ids, as texts. Begin of sequence comes before every text."""
+def to_foreign(tokenizer, bos_id):
+    """(tokenizer.json, tokenizer_config.json), as texts, by which `tokenizers` and `transformers`
+    give the same ids; bos_id comes before every text, unless it is -1."""
     from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
     from tokenizers import Tokenizer as Foreign
+
     if tokenizer.kind == "hf":
         foreign = Foreign.from_str(tokenizer.source)
     else:
         letters = letters_of_bytes()
-        spelled = ["".join(letters[byte] for byte in token) for token in tokenizer.ranks]
-        merges = [tuple("".join(letters[byte] for byte in part) for part in pair) for pair in merges_of(tokenizer.ranks)]
-        foreign = Foreign(models.BPE({piece: i for i, piece in enumerate(spelled)}, merges))
-        cut = [pre_tokenizers.Split(Regex(tokenizer.pattern), "isolated")] if tokenizer.pattern else []
-        foreign.pre_tokenizer = pre_tokenizers.Sequence([*cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        spell = ["".join(letters[byte] for byte in token) for token in tokenizer.ranks]
+        merges = [
+            tuple("".join(letters[byte] for byte in part) for part in pair)
+            for pair in merges_of(tokenizer.ranks)
+        ]
+        foreign = Foreign(models.BPE({piece: i for i, piece in enumerate(spell)}, merges))
+        steps = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        if tokenizer.pattern:
+            steps.insert(0, pre_tokenizers.Split(Regex(tokenizer.pattern), "isolated"))
+        foreign.pre_tokenizer = pre_tokenizers.Sequence(steps)
         foreign.decoder = decoders.ByteLevel()
     for i in range(tokenizer.n_text, tokenizer.vocab_size):
         name = tokenizer.name_of(i)
-        foreign.add_special_tokens([AddedToken(name if foreign.token_to_id(name) is None else f"<nanoencdec {name[1:]}", special=True, normalized=False)])
-    piece_of = foreign.id_to_token
-    if foreign.get_vocab_size() != tokenizer.vocab_size or foreign.token_to_id(piece_of(tokenizer.sentinel(N_SENTINELS - 1))) != tokenizer.vocab_size - 1:
-        raise UserError("the special ids of this tokenizer cannot be added to its Hugging Face form: its own ids have holes")
-    bos = piece_of(tokenizer.bos)
-    foreign.post_processor = processors.TemplateProcessing(single=[bos, "$A"], pair=[bos, "$A", "$B"], special_tokens=[(bos, tokenizer.bos)])
-    ends = {f"{name}_token": piece_of(getattr(tokenizer, name)) for name in ("bos", "eos", "pad", "sep")}
-    about = dict(tokenizer_class="PreTrainedTokenizerFast", clean_up_tokenization_spaces=False, model_max_length=10 ** 9, **ends)
-    return foreign.to_str(), json.dumps(about, indent=1)
+        if foreign.token_to_id(name) is not None:
+            name = f"<nanoencdec {name[1:]}"
+        foreign.add_special_tokens([AddedToken(name, special=True, normalized=False)])
+    piece_of, last = foreign.id_to_token, tokenizer.vocab_size - 1
+    if foreign.get_vocab_size() != last + 1 or piece_of(last) is None:
+        raise UserError("the special ids of this tokenizer have no place: its own ids have holes")
+    if bos_id >= 0:
+        bos = piece_of(bos_id)
+        foreign.post_processor = processors.TemplateProcessing(
+            single=[bos, "$A"], pair=[bos, "$A", "$B"], special_tokens=[(bos, bos_id)]
+        )
+    names = {f"{name}_token": piece_of(getattr(tokenizer, name)) for name in ("eos", "pad", "sep")}
+    about = dict(tokenizer_class="PreTrainedTokenizerFast", clean_up_tokenization_spaces=False)
+    about |= names | (dict(bos_token=piece_of(bos_id)) if bos_id >= 0 else {})
+    return foreign.to_str(), json.dumps(about | dict(model_max_length=10**9), indent=1)
+
+
+def told_beside(folder, key):
+    """What the files beside a tokenizer.json say of a key; None where none of them does."""
+    for file in ("tokenizer_config.json", "special_tokens_map.json", "config.json"):
+        path = os.path.join(folder, file)
+        value = read_json(path).get(key) if os.path.exists(path) else None
+        if value is not None:
+            return value
+    return None
 
 
 def special_id(name, folder, tokenizer):
-    """The id of a model's bos or eos: told by the files beside its tokenizer.json; None if by none of them."""
-    for file in ("tokenizer_config.json", "special_tokens_map.json", "config.json"):
-        try:
-            with open(os.path.join(folder, file), encoding="utf-8") as f:
-                about = json.load(f)
-        except (OSError, ValueError):
-            continue
-        token, id = about.get(f"{name}_token"), about.get(f"{name}_token_id")
-        if token is not None:
-            return tokenizer.token_to_id(token["content"] if isinstance(token, dict) else token)
-        if id is not None:
-            return id[0] if isinstance(id, list) else id
-    return None
+    """The id of a model's bos or eos, told by the files beside its tokenizer.json."""
+    token, id = told_beside(folder, f"{name}_token"), told_beside(folder, f"{name}_token_id")
+    if token is not None:
+        return tokenizer.token_to_id(token["content"] if isinstance(token, dict) else token)
+    return id[0] if isinstance(id, list) else id
+
+
+def begin_of(folder, tokenizer, bos):
+    """The id that a model's own tokenizer puts before a text, -1 for none: add_bos_token says so,
+    or else what it does."""
+    told = told_beside(folder, "add_bos_token")
+    if told is None:
+        ids = tokenizer.encode("a").ids
+        return ids[0] if ids != tokenizer.encode("a", add_special_tokens=False).ids else -1
+    return bos if told and bos is not None else -1
 
 
 def load_foreign(path, source):
     """The Tokenizer of a Hugging Face tokenizer.json at `path`."""
     from tokenizers import Tokenizer as Foreign
+
+    folder = os.path.dirname(path)
+    if re.search(r"[+*}]\)[+*{]", source):
+        raise UserError(f"{path} has a pattern of nested repeats, which may never end")
     try:
-        tokenizer = Foreign.from_str(source)
-        ends = [special_id(name, os.path.dirname(path), tokenizer) for name in ("bos", "eos")]
-        tokenizer = Tokenizer("hf", source=source, bos=ends[0], eos=ends[1])
-    except Exception as error:  # `tokenizers` raises plain Exceptions; KeyError: letters that are no bytes
-        raise UserError(f"{path} cannot be used as a tokenizer ({type(error).__name__}: {error})") from None
-    for text in ("a", "Two words\n\tof  Zürich, \u4e16: 3.14"):
-        if tokenizer.decode(tokenizer.encode(text)) != text:
-            raise UserError(f"{path} changes texts ({text!r} comes back as {tokenizer.decode(tokenizer.encode(text))!r}): only byte-level and "
-                            "byte-fallback vocabularies can be used")
+        foreign = Foreign.from_str(source)
+        bos, eos = (special_id(name, folder, foreign) for name in ("bos", "eos"))
+        begin = begin_of(folder, foreign, bos)
+        tokenizer = Tokenizer("hf", source=source, bos=bos, eos=eos, begin=begin)
+        for text in ("a", "Two words\n\tof  Zürich, \u4e16: 3.14"):
+            back = tokenizer.decode(tokenizer.encode(text))
+            if back != text:
+                raise ValueError(f"it changes texts: {text!r} comes back as {back!r}")
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # `tokenizers` panics with a kind of its own
+        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        raise UserError(f"{path} cannot be used as a tokenizer ({reason})") from None
     return tokenizer
 
 
 def load_tokenizer(name):
-    """"bytes", "gpt2", a tokenizer file (ours or Hugging Face's tokenizer.json), or a folder that holds one."""
+    """ "bytes", "gpt2", a tokenizer file, ours or Hugging Face's, or a folder that holds one."""
     if name == "bytes":
         return Tokenizer("bytes")
     if name == "gpt2":
         return load_gpt2()
     path = os.path.join(name, FILE) if os.path.isdir(name) else name
+    if not os.path.exists(path):
+        raise UserError(f"--tokenizer={name}: no such file; it takes bpe, gpt2, bytes or a {FILE}")
+    about = read_json(path)
+    if "model" in about and "added_tokens" in about:
+        with open(path, encoding="utf-8") as file:
+            return load_foreign(path, file.read())
     try:
-        with open(path, encoding="utf-8") as f:
-            source = f.read()
-        values = json.loads(source)
-        if "model" in values and "added_tokens" in values:
-            return load_foreign(path, source)
-        if values.get("format") != "nanoencdec":
-            raise ValueError("neither written by this project nor by Hugging Face")
-        if values["kind"] == "hf":
-            return Tokenizer("hf", source=values["source"], bos=values["bos"], eos=values["eos"])
-        ranks = values["ranks"] and [base64.b64decode(token) for token in values["ranks"]]
-        return Tokenizer(values["kind"], ranks, values["pattern"])
-    except FileNotFoundError:
-        raise UserError(f"--tokenizer={name}: no such file; it takes bpe, gpt2, bytes or the path of a {FILE}") from None
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"{path} is no tokenizer file ({error})") from None
+        if about["format"] != "nanoencdec" or about["kind"] not in ("bytes", "bpe", "hf"):
+            raise ValueError("of an unknown kind")
+        if about["kind"] == "hf":
+            ids = {key: about[key] for key in ("bos", "eos", "begin")}
+            if not all(type(id) is int for id in ids.values()):
+                raise ValueError("ids that are no numbers")
+            return Tokenizer("hf", source=about["source"], **ids)
+        if about["kind"] == "bytes":
+            return Tokenizer("bytes")
+        return Tokenizer("bpe", checked_ranks(about["ranks"]), checked_pattern(about["pattern"]))
+    except (KeyboardInterrupt, SystemExit, UserError):
+        raise
+    except BaseException as error:  # ValueError, KeyError, TypeError, or a panic of `tokenizers`
+        raise UserError(f"{path} is no tokenizer file ({type(error).__name__})") from None
+
+
+def checked_ranks(codes):
+    """Base64 codes of tokens -> their bytes: each once, and every single byte among them."""
+    ranks = [base64.b64decode(code, validate=True) for code in codes]
+    if len(set(ranks)) != len(ranks) or not {bytes([i]) for i in range(256)} <= set(ranks):
+        raise ValueError("tokens twice, or bytes without one")
+    return ranks
+
+
+def checked_pattern(pattern):
+    """A stranger's pattern may never end, so only the two that are written here are taken."""
+    from tiktoken_ext.openai_public import r50k_pat_str
+
+    if pattern not in (PATTERN, r50k_pat_str):
+        raise ValueError("an unknown pattern")
+    return pattern
 
 
 def load_gpt2():
     import tiktoken
+
     try:
         gpt2 = tiktoken.get_encoding("gpt2")
-    except Exception as error:  # whatever the download raises: requests' errors, OSError, a hash mismatch
-        raise UserError("--tokenizer=gpt2 could not be downloaded; set TIKTOKEN_CACHE_DIR to a folder that has it, or use "
-                        f"the default --tokenizer=bpe ({type(error).__name__})") from None
+    except Exception as error:  # whatever the download raises
+        raise UserError(
+            "--tokenizer=gpt2 could not be downloaded; set TIKTOKEN_CACHE_DIR to a folder that has "
+            f"it, or use the default --tokenizer=bpe ({type(error).__name__})"
+        ) from None
     ranks = sorted(gpt2._mergeable_ranks, key=gpt2._mergeable_ranks.get)
     return Tokenizer("bpe", ranks, gpt2._pat_str)
 
 
 def train_tokenizer(texts, vocab_size):
-    """A byte-pair vocabulary of `vocab_size` ids, the special ones included, from an iterable of texts."""
+    """A byte-pair vocabulary of `vocab_size` ids, the special ones included, from an iterable of
+    texts."""
     import rustbpe
+
     n_text = vocab_size - N_SPECIAL
     if n_text < 257:
-        raise UserError(f"--vocab_size={vocab_size} is too small: {N_SPECIAL} special ids and 256 bytes come first; use at "
-                        f"least {N_SPECIAL + 257}, or --tokenizer=bytes")
-    trainer = rustbpe.Tokenizer()
-    trainer.train_from_iterator(texts, n_text, pattern=PATTERN)
-    ranks = [bytes(token) for token, _ in sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])]
-    return Tokenizer("bpe", ranks, PATTERN)
+        raise UserError(
+            f"--vocab_size={vocab_size} is too small: {N_SPECIAL} special ids and 256 bytes come "
+            f"first; use at least {N_SPECIAL + 257}, or --tokenizer=bytes"
+        )
+    trainer, parts = rustbpe.Tokenizer(), (part for text in texts for part in pieces(text))
+    trainer.train_from_iterator(parts, n_text, pattern=PATTERN)
+    ranks = sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])
+    return Tokenizer("bpe", [bytes(token) for token, _ in ranks], PATTERN)

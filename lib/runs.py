@@ -42,10 +42,10 @@ def write_json(path, value):
         json.dump(value, file, indent=1)
 
 
-def lock_folder(folder):
-    """Holds a folder for this process until the returned file is closed; UserError where another
-    process has it. A killed process leaves no lock behind, and the files that it left unfinished
-    are removed here."""
+def lock_folder(folder, wait=False):
+    """Holds a folder for this process until the returned file is closed. Where another process has
+    it: UserError, or `wait` for it. A killed process leaves no lock behind, and the files that it
+    left unfinished are removed here."""
     try:
         import fcntl
     except ImportError:  # Windows
@@ -53,7 +53,7 @@ def lock_folder(folder):
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
     file = os.fdopen(os.open(os.path.join(folder, ".lock"), flags, 0o644), "w")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         raise UserError(f"{folder} is in use by another process: wait for it or stop it") from None
     for path in glob.glob(os.path.join(glob.escape(folder), UNFINISHED + "*")):
