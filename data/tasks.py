@@ -50,10 +50,12 @@ class Task:
 # ----------------------------------------------------------------------------------------------
 # Built in: words, and what Python source gives
 
-WORDS = """time year people way day man thing woman life child world school state family student group
+WORDS = """
+time year people way day man thing woman life child world school state family student group
 country problem hand part place case week company system program question work night point home
 water room mother area money story fact month lot right study book eye job word business issue
-side kind head house service friend father power hour game line end member law car city""".split()
+side kind head house service friend father power hour game line end member law car city
+""".split()
 
 
 def reversed_words():
