@@ -274,7 +274,8 @@ class VisionLM(lm.Transformer):
                 extra = (weights[torch.from_numpy(of_tiles)].mean() - cfg.keep) ** 2
         orders, rows = token_orders(pictures, cfg, scores)
         table = torch.cat((tokens.flatten(0, 1), self.embed_marker[None].to(tokens.dtype)))
-        return table[torch.from_numpy(rows).to(device)], orders, extra
+        # The marker is read often. An embedding adds up its gradient in a fixed order.
+        return F.embedding(torch.from_numpy(rows).to(device), table), orders, extra
 
     def look_at(self, images):
         """The tokens (N, C) of the pictures of the next call, in the order of their placeholders;

@@ -96,11 +96,9 @@ class VisionConfig:
                 f"--patch={self.patch}, and n_embd={self.n_embd} of n_head={self.n_head}"
             )
         if self.side % self.joined:
-            most = min(self.joined, self.side)
-            best = next(n for n in range(most, 0, -1) if self.side % n == 0)
             raise UserError(
-                f"--keep={self.keep} joins {self.joined} neighbours, but a row has {self.side} "
-                f"patches: use --keep={1 / best:.2g}"
+                f"--keep={self.keep} joins {self.joined} neighbours into one, but a row has "
+                f"{self.side} patches, which is no multiple of that"
             )
         return self
 

@@ -72,12 +72,6 @@ def of_vqa(record):
     return asked(record, record["question"], target, answers=answers)
 
 
-def of_choices(record):
-    """AI2D: the number of the right option."""
-    options = "".join(f"\n{letter}. {x}" for letter, x in zip("ABCDEFGH", record["options"]))
-    return asked(record, record["question"] + options, "ABCDEFGH"[int(record["answer"])])
-
-
 @dataclass
 class PictureTask:
     score: Callable  # of data/metrics.py
@@ -102,7 +96,6 @@ TASKS = {
     "textvqa": PictureTask(vqa, of_vqa, "lmms-lab/textvqa"),
     "vqav2": PictureTask(vqa, of_vqa, "HuggingFaceM4/VQAv2"),
     "docvqa": PictureTask(anls, of_vqa, "HuggingFaceM4/DocumentVQA"),
-    "ai2d": PictureTask(metrics.score_exact, of_choices, "lmms-lab/ai2d"),
     "pictures": PictureTask(reading, of_pair),  # any file with the columns of one's own data
 }
 

@@ -19,20 +19,12 @@ import data.pictures
 import train
 import vision
 from data import images, picture_tasks
-from data.images import (
-    VisionConfig,
-    layout,
-    n_tokens,
-    open_image,
-    prepare_image,
-    token_order,
-    token_places,
-)
+from data.images import VisionConfig, n_tokens, open_image, prepare_image, token_order
 from data.pictures import Drawn, drawn_from, rows_of_picture, split_of
 from data.sets import IMAGE
 from data.tokenizer import Tokenizer
 from lib.settings import UserError
-from model import Config, Transformer
+from model import Config, ModelError, Transformer
 from vision import Tower, VisionLM, foreign_tower, load_model
 
 SMALL = dict(image_size=24, patch=8, n_layer=1, n_embd=16, n_head=2, n_hidden=24)
@@ -106,19 +98,16 @@ def test_every_kind_of_picture_opens_in_rgb(tmp_path):
 def test_pictures_that_cannot_be_used_are_named(tmp_path):
     whole = io.BytesIO()
     noise(40, 40).save(whole, "PNG")
-    cases = dict(text=b"hello", empty=b"", cut=whole.getvalue()[:2000], none=None)
+    cases = dict(text=b"hello", empty=b"", cut=whole.getvalue()[:2000])
     cases |= dict(long=b"P6 170000000 1 255\n", bomb=b"P6 20000 20000 255\n")
     for name, content in cases.items():
-        if content is not None:
-            (tmp_path / name).write_bytes(content)
+        (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=f"{name} cannot be read as a picture: ") as error:
             open_image(str(tmp_path / name))
         assert "\n" not in str(error.value)
         if name != "cut":
             with pytest.raises(UserError):
                 picture_tasks.size_of(str(tmp_path / name), name)
-    with pytest.raises(UserError, match="170,000,000 x 1; a side has 65,536"):
-        open_image(str(tmp_path / "long"))
 
 
 def test_a_strange_vision_json_is_named(tmp_path):
@@ -133,9 +122,8 @@ def test_a_strange_vision_json_is_named(tmp_path):
     wrong += [dict(image_id=40), dict(image_id=-1), dict(n_embd=2**16, n_head=1), dict(std=[])]
     for change in wrong:
         path.write_text(json.dumps(about | change))
-        with pytest.raises(ValueError if "n_head" in change else UserError) as error:
+        with pytest.raises((UserError, ModelError)):
             VisionLM.load(str(tmp_path))
-        assert "\n" not in str(error.value) or "n_head" in change
     path.unlink()
     with pytest.raises(UserError, match="without pictures"):
         VisionLM.load(str(tmp_path))
@@ -164,20 +152,16 @@ def some_sizes(n, most):
 def test_the_grid_shows_the_most_and_wastes_the_least():
     cfg = VisionConfig(**SMALL)
     for width, height in [(24, 24), (1, 1), (20000, 2), (25, 24), *some_sizes(100, 200)]:
-        at = layout(width, height, cfg)
-        if width <= 24 and height <= 24:
-            assert at.rows == 0
-            continue
-        ranks = {}
+        at, ranks = images.layout(width, height, cfg), {}
         for rows, columns in np.ndindex(3, 3):
-            rows, columns = rows + 1, columns + 1
-            scale = min(24 * columns / width, 24 * rows / height)
+            scale = min(24 * (columns + 1) / width, 24 * (rows + 1) / height)
             drawn = max(1, round(width * scale)) * max(1, round(height * scale))
             shown = min(width * height, drawn)
-            ranks[rows, columns] = shown, shown - rows * columns * 24 * 24
-        assert ranks[at.grid] == max(ranks.values())
-        assert at.drawn[0] <= 24 * at.grid[1] and at.drawn[1] <= 24 * at.grid[0]
-        assert at.rows * 8 < at.drawn[1] + 8 and at.columns * 8 < at.drawn[0] + 8
+            ranks[rows + 1, columns + 1] = shown, shown - (rows + 1) * (columns + 1) * 24 * 24
+        if width <= 24 and height <= 24:
+            assert at.rows == 0
+        else:
+            assert ranks[at.grid] == max(ranks.values())
 
 
 WAYS = [("all", 0.33), ("variance", 0.33), ("variance", 1.0), ("learned", 0.1), ("concat", 0.33)]
@@ -196,7 +180,7 @@ def test_the_number_of_tokens_is_known_before(tokens, keep):
         assert len(set(kept)) == len(kept) and (order == -1).sum() == picture.at.rows
         assert kept.max() < len(picture.tiles) * cfg.side**2 // cfg.joined
         assert (order[:n] == np.arange(n)).all()  # the thumbnail, whole
-        rows = token_places(picture.at, cfg).reshape(-1)
+        rows = images.token_places(picture.at, cfg).reshape(-1)
         places = [np.flatnonzero(rows == k)[0] for k in kept[n:]]
         assert places == sorted(places)  # in reading order
 
@@ -216,7 +200,7 @@ def test_tokens_are_read_row_by_row_and_variance_keeps_what_varies():
     canvas[16:32, 8:40] = np.random.default_rng(0).integers(0, 256, (16, 32, 3))  # 8 of 36 patches
     picture = prepare_image(Image.fromarray(canvas.astype(np.uint8)), cfg)
     order = token_order(picture.at, cfg, picture.scores)
-    kept = np.isin(token_places(picture.at, cfg), order)
+    kept = np.isin(images.token_places(picture.at, cfg), order)
     assert kept.sum() == 9 and kept[2:4, 1:5].all()
     images.draw_tokens(picture, order, cfg, "kept.png")
     assert np.abs(np.asarray(open_image("kept.png")).astype(int) - canvas)[16:32, 8:40].max() == 0
@@ -251,23 +235,19 @@ def test_the_tower_is_that_of_transformers(tmp_path, kind, size, patch):
 
 
 def test_foreign_towers_that_cannot_be_used_are_named(tmp_path):
-    config, where = tmp_path / "config.json", str(tmp_path)
-    with pytest.raises(UserError, match="no such folder"):
-        foreign_tower("./nowhere")
-    with pytest.raises(UserError, match="config.json"):
-        foreign_tower(where)
-    config.write_text(json.dumps(dict(model_type="clip", vision_config=dict(hidden_size="x"))))
-    with pytest.raises(UserError, match="n_embd should be of type int"):
-        foreign_tower(where)
-    config.write_text(json.dumps(dict(model_type="clip", vision_config=dict(hidden_act=[1]))))
-    with pytest.raises(UserError, match="act must be one of"):
-        foreign_tower(where)
-    config.write_text(json.dumps(CLIP))
-    with pytest.raises(UserError, match="safetensors"):
-        foreign_tower(where)
+    for config, words in (
+        (None, "config.json"),
+        (dict(vision_config=dict(hidden_size="x")), "n_embd should be of type int"),
+        (dict(vision_config=dict(hidden_act=[1])), "act must be one of"),
+        (CLIP, "safetensors"),
+    ):
+        if config:
+            (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(UserError, match=words):
+            foreign_tower(str(tmp_path))
     save_file({"vision_model.other": torch.zeros(2)}, str(tmp_path / "model.safetensors"))
     with pytest.raises(UserError, match="embeddings.class_embedding is missing"):
-        foreign_tower(where)
+        foreign_tower(str(tmp_path))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -410,18 +390,12 @@ def say(who, text):
 TALK = [say("human", "<image>\nWho?"), say("gpt", "A dog."), say("human", "Where?")]
 TALK_ROWS = [("<image>\nWho?", "A dog."), ("<image>\nWho?\nA dog.\nWhere?", "There.")]
 OCR = [say("user", "<image>"), say("user", "What year?"), say("assistant", "1999")]
-OPTIONS = dict(question="What?", options=["leaf", "root"], answer="1")
 RECORDS = [
     ("llava-instruct", dict(conversations=[*TALK, say("gpt", "There.")]), TALK_ROWS),
     ("ureader", dict(image=["1.png"], conversations=OCR), [("<image>\nWhat year?", "1999")]),
-    (
-        "textvqa",
-        dict(question="What?", answers=["nokia"] * 6 + ["x"] * 4),
-        [("<image>What?", "nokia")],
-    ),
+    ("textvqa", dict(question="A?", answers=["a", "b", "b"]), [("<image>A?", "b")]),
     ("docvqa", dict(question="What?", answers=[dict(answer="yes")]), [("<image>What?", "yes")]),
     ("chartqa", dict(query="What?", label=["2"]), [("<image>What?", "2")]),
-    ("ai2d", OPTIONS, [("<image>What?\nA. leaf\nB. root", "B")]),
     ("pictures", dict(source="x", target="y"), [("<image>x", "y")]),
 ]
 
@@ -452,34 +426,28 @@ def test_own_data_is_held_out_by_picture_and_parquet_keeps_its_pictures(tmp_path
     splits = picture_tasks.load_picture_task("./rows.jsonl").splits
     pictures, val = ({row["images"][0] for row in splits[s]} for s in ("train", "val"))
     assert len(pictures) == 38 and len(val) == 2 and not pictures & val
-    rows = dict(
-        image=[noise(16 + n, 12, n) for n in range(6)], query=[f"What {n}?" for n in range(6)]
-    )
-    rows |= dict(label=[[str(n)] for n in range(6)])
-    features = datasets.Features(
-        dict(image=datasets.Image(), query=datasets.Value("string"))
-        | dict(label=datasets.Sequence(datasets.Value("string")))
-    )
+    rows = [dict(image=noise(16 + n, 12, n), query=f"What {n}?", label=[str(n)]) for n in range(6)]
     os.makedirs("chartqa")
     for split in ("train", "val"):
-        table = datasets.Dataset.from_dict(rows, features=features)
+        table = datasets.Dataset.from_list(rows)
         table.to_parquet(f"chartqa/{split}-00000-of-00001.parquet")
     row = picture_tasks.load_picture_task("chartqa:chartqa").splits["val"][2]
     assert (row["source"], row["target"]) == (f"{IMAGE}What 2?", "2")
     image = open_image(row["images"][0].load())
-    assert np.array_equal(np.asarray(image), np.asarray(rows["image"][2]))
-    for row, words in (
-        (
-            dict(image="1.png", source="<image> <image>", target="x"),
-            "2 <image> and it has 1 pictures",
-        ),
-        (dict(image=3, source="x", target="x"), "neither a path"),
-        (dict(image="1.png", source="x"), "column 'target' is missing"),
-        (dict(image="1.png", source="x", target=2), "no text"),
-    ):
-        (tmp_path / "bad.jsonl").write_text(json.dumps(row) + "\n")
-        with pytest.raises(UserError, match=f"bad.jsonl, row 1 cannot be used: .*{words}"):
-            picture_tasks.load_picture_task("./bad.jsonl")
+    assert np.array_equal(np.asarray(image), np.asarray(rows[2]["image"]))
+
+
+BAD_ROWS = [("1.png", "<image> <image>", "x", "2 <image> and it has 1 pictures")]
+BAD_ROWS += [(3, "x", "x", "neither a path"), ("1.png", "x", 2, "no text")]
+BAD_ROWS += [("1.png", "x", None, "no text")]
+
+
+@pytest.mark.parametrize("image, source, target, words", BAD_ROWS)
+def test_rows_that_cannot_be_used_are_named(image, source, target, words):
+    with open("bad.jsonl", "w") as file:
+        file.write(json.dumps(dict(image=image, source=source, target=target)))
+    with pytest.raises(UserError, match=f"bad.jsonl, row 1 cannot be used: .*{words}"):
+        picture_tasks.load_picture_task("./bad.jsonl")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -489,29 +457,21 @@ def test_own_data_is_held_out_by_picture_and_parquet_keeps_its_pictures(tmp_path
 def run_of(words, monkeypatch, capsys):
     status, _, err = call(vision.main, words, monkeypatch, capsys)
     assert status == 0, err
-    return err
 
 
-WORDS = [
-    ["--tokens=variance"],
-    ["--arch=dec", "--look=decoder"],
-    ["--tokens=learned", "--data=docs"],
-]
-WORDS += [["--tokens=concat", "--data=charts"], ["--look=encoder", "--data=tables"]]
+WORDS = "--tokens=variance", "--arch=dec --look=decoder --dtype=bfloat16", "--look=encoder"
+WORDS += "--tokens=learned --data=docs", "--tokens=concat --data=charts", "--data=tables"
 
 
 @pytest.mark.parametrize("words", WORDS, ids=str)
 def test_every_kind_trains(monkeypatch, capsys, words):
-    run_of([*NEW, *words, "--out=run", "--max_iters=2"], monkeypatch, capsys)
+    own = [word for word in NEW if word[:7] != "--dtype" or "--dtype" not in words]
+    run_of([*own, *words.split(), "--out=run", "--max_iters=2"], monkeypatch, capsys)
     log = [json.loads(line) for line in open("run/log.jsonl")]
-    assert {"val_loss", "blank_loss", "rouge_lsum"} <= set(log[-1])
     losses = [row["loss"] for row in log if "loss" in row]
     assert len(losses) == 2 and losses[1] < losses[0]
-    model = load_model("run")
-    assert type(model) is VisionLM and f"--tokens={model.vision.tokens}" in [*words, "--tokens=all"]
-    run_of([*TINY[3:], "--init_from=run", "--max_iters=1", "--out=again"], monkeypatch, capsys) if (
-        "--look=encoder" in words
-    ) else None
+    assert {"val_loss", "blank_loss", "rouge_lsum"} <= set(log[-1])
+    assert type(load_model("run")) is VisionLM
 
 
 def test_resuming_gives_what_one_run_gives(monkeypatch, capsys):
@@ -545,14 +505,11 @@ def test_stages(text_file, monkeypatch, capsys):
     more = [*TINY[2:], "--data=shapes", "--max_iters=2"]
     align = ["--init_from=text", "--vision=hf:clip", "--stage=align", "--out=align"]
     run_of([*more, *align], monkeypatch, capsys)
-    text, model = (
-        Transformer.load("text", "model.safetensors").state_dict(),
-        VisionLM.load("align", "model.safetensors"),
-    )
+    text = Transformer.load("text", "model.safetensors").state_dict()
+    model = VisionLM.load("align", "model.safetensors")
     first, tower = model.state_dict(), model.tower.state_dict()
     assert all(torch.equal(p, first[name]) for name, p in text.items())
     assert all(torch.equal(p, tower[name]) for name, p in foreign_tower("clip")[1].items())
-    assert model.vision.from_file
     instruct = ["--init_from=align", "--stage=instruct", "--look=encoder", "--out=instruct"]
     run_of([*more, *instruct], monkeypatch, capsys)
     last = VisionLM.load("instruct", "model.safetensors").state_dict()
@@ -573,10 +530,8 @@ BAD += [("--vision=hf:./no", "no such folder"), ("--init_from=none", "none/confi
 @pytest.mark.parametrize("words, said", BAD)
 def test_bad_keys(words, said, monkeypatch, capsys):
     names = [word.split("=")[0] for word in words.split()]
-    own = TINY if "vision" in words else NEW
+    own = TINY[2 * ("init_from" in words) :] if "vision" in words or "init_from" in words else NEW
     own = [word for word in own if word.split("=")[0] not in names]
-    if "init_from" in words:
-        own = TINY[2:]
     words = [*own, *words.split(), "--max_iters=1", "--out=run"]
     status, _, err = call(vision.main, words, monkeypatch, capsys)
     assert status == 2 and said in one_line(err) and not os.path.exists("run")
