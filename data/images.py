@@ -35,11 +35,8 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 MARKER = -1  # in an order of tokens: the end of a row of patches
 LONGEST = 2**16  # pixels of a picture's side
 
-CHOICES = {
-    "act": ("quick_gelu", "gelu_tanh"),
-    "tokens": ("all", "variance", "learned", "concat"),
-    "look": ("none", "encoder", "decoder"),
-}
+CHOICES = dict(act=("quick_gelu", "gelu_tanh"), look=("none", "encoder", "decoder"))
+CHOICES |= dict(tokens=("all", "variance", "learned", "concat"))
 BOUNDS = dict(image_size=(1, 4096), patch=(1, 4096), n_layer=(1, 1024), n_embd=(1, 2**16))
 BOUNDS |= dict(n_head=(1, 1024), n_hidden=(1, 2**18), grid=(0, 64), keep=(1e-4, 1))
 BOUNDS |= dict(norm_eps=(0, 1), image_id=(-1, 2**31))
@@ -91,24 +88,18 @@ class VisionConfig:
             if len(x) != 3 or not all(type(v) in (int, float) and 0 <= v <= 1 for v in x):
                 raise UserError("vision: mean and std are three numbers from 0 to 1")
         if self.image_size % self.patch or self.n_embd % self.n_head:
-            raise UserError(
-                f"vision: --image_size={self.image_size} must be a multiple of "
-                f"--patch={self.patch}, and n_embd={self.n_embd} of n_head={self.n_head}"
-            )
+            raise UserError("--image_size must be a multiple of --patch, and n_embd of n_head")
         if self.side % self.joined:
-            raise UserError(
-                f"--keep={self.keep} joins {self.joined} neighbours into one, but a row has "
-                f"{self.side} patches, which is no multiple of that"
-            )
+            joined = f"--keep={self.keep} joins {self.joined} neighbours"
+            raise UserError(f"{joined}: a row of {self.side} patches cannot be cut into such")
         return self
 
 
 def read_vision(folder):
     """The VisionConfig of a run folder; None for a run without pictures."""
     path = os.path.join(folder, FILE)
-    if not os.path.lexists(path):
-        return None
-    return from_dict(VisionConfig, read_json(path), path).check()
+    known = os.path.lexists(path)
+    return from_dict(VisionConfig, read_json(path), path).check() if known else None
 
 
 # ----------------------------------------------------------------------------------------------

@@ -82,15 +82,14 @@ class PictureTask:
 
 
 reading, vqa, anls = metrics.score_reading, metrics.score_vqa, metrics.score_anls
-SPEECH, UREADER = of_conversation, "Mizukiluke/ureader-instruction-1.0"
 TASKS = {
     "shapes": PictureTask(metrics.score_exact),
     "docs": PictureTask(reading),
     "charts": PictureTask(metrics.score_worked),
     "tables": PictureTask(reading),
-    "llava-pretrain": PictureTask(reading, SPEECH, "liuhaotian/LLaVA-Pretrain"),
-    "llava-instruct": PictureTask(reading, SPEECH, "liuhaotian/LLaVA-Instruct-150K"),
-    "ureader": PictureTask(anls, SPEECH, UREADER),
+    "llava-pretrain": PictureTask(reading, of_conversation, "liuhaotian/LLaVA-Pretrain"),
+    "llava-instruct": PictureTask(reading, of_conversation, "liuhaotian/LLaVA-Instruct-150K"),
+    "ureader": PictureTask(anls, of_conversation, "Mizukiluke/ureader-instruction-1.0"),
     "synthdog": PictureTask(reading, of_synthdog, "naver-clova-ix/synthdog-en"),
     "chartqa": PictureTask(metrics.score_relaxed, of_chartqa, "HuggingFaceM4/ChartQA"),
     "textvqa": PictureTask(vqa, of_vqa, "lmms-lab/textvqa"),
@@ -214,8 +213,7 @@ def load_picture_task(name):
     if os.path.exists(path):
         parts = from_path(path)
     elif path and (path.count("/") != 1 or path[0] in "./~" or os.path.splitext(path)[1]):
-        known = ", ".join(TASKS)
-        raise UserError(f"--data={name}: no such file, and no task with pictures: {known}")
+        raise UserError(f"--data={name}: no such file, and none of {', '.join(TASKS)}")
     else:  # test is left out: its answers are often hidden
         hub = path or task.hub
         found = records_of(hub, dict(train="train", validation="val", val="val"))

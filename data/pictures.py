@@ -179,10 +179,10 @@ def draw_charts(rng, title, labels, values, colours):
     draw.text((30, 17), title, "black", font_of("DejaVuSans", 10), "ls")
     scale, step = 98 / max(values), 125 / len(labels)  # pixels of one, of a bar and its gap
     tick = next(t for t in (1, 2, 5, 10, 20, 50) if max(values) / t <= 7)
-    lined, share = rng.random() < 0.3, rng.uniform(0.5, 0.85)
+    end, share = rng.choice((29, 29, 155)), rng.uniform(0.5, 0.85)  # some have lines across
     for value in range(0, max(values) + 1, tick):
         y = 139 - value * scale
-        draw.line((27, y, 155 if lined else 29, y), "#cccccc" if lined else "black")
+        draw.line((27, y, end, y), "#cccccc")
         draw.text((25, y), str(value), "black", small, "rm")
     for k, (label, value, colour) in enumerate(zip(labels, values, colours)):
         x, y, half = 30 + (k + 0.5) * step, 139 - value * scale, share * step / 2
