@@ -265,20 +265,14 @@ class PicturePairs(Pairs):
         super().__init__(rows, tokenizer, src_len, tgt_len, decoder_only)
 
     def encode(self, rows):
-        """Ids in which each IMAGE has become as many placeholders as its picture has tokens."""
-        texts = [row["source"].split(IMAGE) for row in rows]
-        ids = iter(self.tokenizer.encode_batch([part for parts in texts for part in parts]))
-        sources, image = [], self.tokenizer.image
-        for sizes in self.sizes:
-            source = next(ids)
-            for size in sizes:
-                source = [*source, *[image] * n_tokens(*size, self.vision), *next(ids)]
-            if image in source[self.room :]:
+        counts = [[n_tokens(*size, self.vision) for size in sizes] for sizes in self.sizes]
+        sources = encode_sources([row["source"] for row in rows], counts, self.tokenizer)
+        for number, source in enumerate(sources, 1):
+            if self.tokenizer.image in source[self.room :]:
                 raise UserError(
-                    f"row {len(sources) + 1}: --src_len has room for {self.room} tokens, fewer "
-                    "than its pictures have: raise it, lower --grid, or use --tokens=variance"
+                    f"row {number}: --src_len has room for {self.room} tokens, fewer than its "
+                    "pictures have: raise it, lower --grid, or use --tokens=variance"
                 )
-            sources.append(source)
         return sources
 
     def background(self):
@@ -303,6 +297,18 @@ class PicturePairs(Pairs):
         if image.size != size:
             raise UserError(f"{named(ref, row)} has changed since its size was read")
         return prepare_image(image, self.vision)
+
+
+def encode_sources(texts, counts, tokenizer):
+    """Ids of texts in which each IMAGE has become as many placeholders as its picture has tokens:
+    counts[row][k] of the k-th."""
+    parts = [part for text in texts for part in text.split(IMAGE)]
+    ids, sources = iter(tokenizer.encode_batch(parts)), []
+    for row in counts:
+        sources.append(next(ids))
+        for n in row:
+            sources[-1] = [*sources[-1], *[tokenizer.image] * n, *next(ids)]
+    return sources
 
 
 def named(ref, row):
