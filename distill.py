@@ -27,7 +27,6 @@ an hf: teacher on the task and does nothing else; its folder is a teacher: --tea
 """
 
 import hashlib
-import importlib
 import json
 import math
 import os
@@ -41,16 +40,16 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data.corpus
+import lib.runs
+import train
 from data.objectives import count_tokens, make_batch
 from data.sets import evenly, open_data
 from data.tokenizer import load_tokenizer
 from lib.device import catch_signals, compile_parts, eager, start, to_device
-from lib.runs import Log, is_better, new_run, read_run, restore, resumed, save_best, save_checkpoint
-from lib.runs import write_json
-from lib.settings import UserError, given, read_json, read_settings, script, setting
+from lib.runs import Log, is_better, new_run, read_run, restore, save_best, save_checkpoint
+from lib.settings import UserError, read_json, read_settings, script, setting
 from model import PRESETS, Transformer, read_config, shift_right
-from train import FREE, TASK_ROWS, TIMED, evaluate, lr_share, make_model, make_optimizers
-from train import steps_that_fit
+from train import TIMED, evaluate, lr_share, make_model, make_optimizers, steps_that_fit
 
 
 @dataclass
@@ -60,13 +59,11 @@ class Settings:
     alpha: float = setting(0.5, "share of the divergence in the loss", high=1)
     tau: float = setting(1.0, "temperature that softens both distributions", low=1e-3, high=1e3)
     kl: str = setting("reverse", "KL(student || teacher), or the other way", ("reverse", "forward"))
-    sequences: str = setting(
-        "student", "whose answers the divergence is taken on", ("student", "teacher", "data")
-    )
+    sequences: str = setting("student", "who answers", ("student", "teacher", "data"))
     template: str = setting(None, "hf: prompt with {source}, or chat [chat if it has one]")
     finetune_teacher: bool = setting(False, "hf: only train a LoRA adapter of the teacher")
     arch: str = setting("encdec", "encoder-decoder, or decoder-only", ("encdec", "dec"))
-    preset: str = setting(None, "the size whose defaults hold [the student's]", tuple(PRESETS))
+    preset: str = setting("nano", "--student says it", tuple(PRESETS))
     split: str = setting("2/3", "the encoder's share of the layers", ("1/3", "1/2", "2/3"))
     n_enc: int = setting(None, "encoder layers, not --split", type=int, low=1, high=1024)
     n_dec: int = setting(None, "decoder layers, not --split", type=int, low=1, high=1024)
@@ -75,7 +72,6 @@ class Settings:
     data: str = setting("docstring", "a task, a path, a Hub id; see data/tasks.py")
     source_col: str = setting(None, "column of the source [the task's, or source]")
     target_col: str = setting(None, "column of the target [the task's, or target]")
-    tokenizer: str = setting(None, "a file or folder [the student run's, or the teacher's]")
     src_len: int = setting(None, "source tokens a row [the preset's]", type=int, high=2**20)
     tgt_len: int = setting(None, "target tokens a row", type=int, low=1, high=2**20)
     init_from: str = setting("scratch", "resume: the run in --out", ("scratch", "resume"))
@@ -100,52 +96,29 @@ class Settings:
     dtype: str = setting("auto", "of matrix products", ("auto", "float32", "bfloat16"))
     compile: str = setting("auto", "torch.compile", ("auto", "true", "false"))
     threads: int = setting(0, "CPU threads; 0 is torch's choice", high=4096)
+    # No keys: of a text alone, or the teacher's.
+    decontaminate, vocab_size, tokenizer = None, None, "bpe"
 
 
 def resolve(cfg):
     """Fills in what the student decides, and refuses what cannot work."""
     if cfg.init_from == "resume":
-        return resumed(cfg, FREE)
-    foreign = (cfg.teacher or "").startswith("hf:")
+        return train.resolve(cfg)
     if not cfg.teacher:
         raise UserError("--teacher is missing: a run of train.py --arch=dec, or hf:FOLDER_OR_ID")
-    if cfg.finetune_teacher and not (foreign and cfg.max_iters):
+    if cfg.finetune_teacher and not (cfg.teacher.startswith("hf:") and cfg.max_iters):
         raise UserError("--finetune_teacher is for hf: teachers and needs --max_iters")
     if "{source}" not in (cfg.template or "{source}") and cfg.template != "chat":
         raise UserError(f"--template={cfg.template} must hold {{source}}, or be chat")
-    if not foreign and not os.path.isfile(os.path.join(cfg.teacher, "run.json")):
-        raise UserError(
-            f"--teacher={cfg.teacher} is no run folder; a model of transformers is "
-            f"--teacher=hf:{cfg.teacher}"
-        )
+    if cfg.finetune_teacher and cfg.lr is None:
+        cfg.lr = 2e-4
     if cfg.student in PRESETS:
-        cfg.preset = cfg.preset or cfg.student
-    elif not os.path.isdir(cfg.student):
-        raise UserError(f"--student={cfg.student} is no run folder, nor of {', '.join(PRESETS)}")
+        cfg.preset = cfg.student
+    elif os.path.isdir(cfg.student):
+        cfg.init_from = cfg.student
     else:
-        parent, chosen = read_config(cfg.student), given()
-        for name in ("arch", "split", "n_enc", "n_dec", "tokenizer"):
-            if name in chosen:
-                raise UserError(f"--{name} is decided by the run in --student: leave it out")
-        cfg.init_from = cfg.tokenizer = cfg.student
-        cfg.arch = "encdec" if parent.n_enc else "dec"
-        cfg.preset = cfg.preset or read_run(cfg.student)["settings"].get("preset", "nano")
-        cfg.cross_rope = parent.cross_rope if cfg.cross_rope is None else cfg.cross_rope
-    if cfg.arch == "dec" and (cfg.n_enc or cfg.cross_rope):
-        raise UserError("--n_enc and --cross_rope are for --arch=encdec")
-    if cfg.finetune_teacher:
-        cfg.lr = 2e-4 if cfg.lr is None else cfg.lr
-    defaults = dict(PRESETS[cfg.preset]["train"])
-    if defaults["src_len"] < TASK_ROWS["src_len"]:
-        defaults |= TASK_ROWS
-    if cfg.max_iters:
-        defaults["max_minutes"] = None
-    for name, value in defaults.items():
-        if getattr(cfg, name) is None:
-            setattr(cfg, name, value)
-    if cfg.cross_rope is None:
-        cfg.cross_rope = cfg.arch == "encdec"
-    return cfg
+        raise UserError(f"--student={cfg.student} is no run folder, nor of {', '.join(PRESETS)}")
+    return train.resolve(cfg)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -241,40 +214,42 @@ class OwnTeacher:
 
 
 class ForeignTeacher:
-    """A causal language model that `transformers` loads, or a LoRA adapter of one, merged."""
+    """A causal language model that `transformers` loads, or a LoRA adapter of one. `lora` puts a
+    new adapter into it, as the paper's released code has it (Hu et al., 2021)."""
 
-    def __init__(self, name, template, world):
-        transformers, self.where = optional("transformers"), f"--teacher=hf:{name}"
-        transformers.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
-        kind, base = transformers.AutoModelForCausalLM, name
-        self.adapter = os.path.isfile(os.path.join(name, "adapter_config.json"))
+    def __init__(self, name, template, world, lora):
         try:
-            if self.adapter:
-                base = optional("peft").PeftConfig.from_pretrained(name).base_model_name_or_path
-            model = kind.from_pretrained(base, dtype=world.dtype, use_safetensors=True)
-            if self.adapter:
-                model = optional("peft").PeftModel.from_pretrained(model, name).merge_and_unload()
+            import transformers
+
+            kind, safe = transformers.AutoModelForCausalLM, dict(use_safetensors=True)
+            self.model = kind.from_pretrained(name, dtype=world.dtype, **safe).to(world.device)
+            self.model.eval().requires_grad_(False)
+            if lora:
+                import peft
+
+                about = dict(r=16, lora_alpha=32, lora_dropout=0.05, task_type="CAUSAL_LM")
+                about = peft.LoraConfig(**about, target_modules="all-linear")
+                self.model = peft.get_peft_model(self.model, about)
             self.text = transformers.AutoTokenizer.from_pretrained(name)
             file = transformers.utils.cached_file(name, "tokenizer.json")
-        except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+        except Exception as error:  # the libraries raise many kinds
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
             raise UserError(
-                f"{self.where} cannot be loaded: {reason}. It takes a folder or a Hub id with "
-                "config.json, weights as safetensors, and tokenizer.json"
+                f"--teacher=hf:{name} cannot be loaded: {reason}. It takes a folder or a Hub id "
+                "with config.json, weights as safetensors and tokenizer.json, and the packages of "
+                "pip install 'nanoencdec[teacher]'"
             ) from None
-        model.generation_config = transformers.GenerationConfig()  # no penalties
-        self.model = model.to(world.device).eval().requires_grad_(False)
+        self.model.generation_config = transformers.GenerationConfig()  # no penalties
         self.folder, self.device = os.path.dirname(file), world.device
         self.tokenizer = load_tokenizer(self.folder)
         self.n_ids = self.tokenizer.n_text  # its embedding may have more rows, which mean nothing
-        n_rows = model.get_input_embeddings().num_embeddings
+        n_rows = self.model.get_input_embeddings().num_embeddings
         if self.tokenizer.eos >= self.n_ids or self.n_ids > n_rows:
-            raise UserError(f"{self.where} has no end of sequence, or more ids than its embedding")
-        self.unused = list(range(self.n_ids, n_rows))
+            raise UserError(f"--teacher=hf:{name} has no end of sequence, or ids without a vector")
+        self.unused = list(range(self.n_ids, n_rows)) or None
         self.template = template or ("chat" if self.text.chat_template else "{source}\n")
         if self.template == "chat" and not self.text.chat_template:
-            raise UserError(f"{self.where} has no chat template: use --template='...{{source}}...'")
+            raise UserError(f"--teacher=hf:{name} has no chat template: --template='...{{source}}'")
         self.identity = self.template + identity(self.model)
 
     def prompts(self, pairs):
@@ -299,10 +274,8 @@ class ForeignTeacher:
     def write(self, prompts, n, seeds):
         torch.manual_seed(seeds[0])
         (ids, real), eos = self.padded(prompts, "left"), self.tokenizer.eos
-        more = dict(do_sample=True, top_k=0, top_p=1.0, pad_token_id=eos, eos_token_id=eos)
-        if self.unused:
-            more["suppress_tokens"] = self.unused
-        more |= dict(attention_mask=real.long(), max_new_tokens=n)
+        more = dict(pad_token_id=eos, eos_token_id=eos, suppress_tokens=self.unused)
+        more |= dict(do_sample=True, top_k=0, attention_mask=real.long(), max_new_tokens=n)
         rows = self.model.generate(input_ids=ids, **more)[:, ids.size(1) :].tolist()
         return [row[: row.index(eos) + 1] if eos in row else row for row in rows]
 
@@ -318,35 +291,10 @@ class ForeignTeacher:
         self.text.save_pretrained(folder)
 
 
-def optional(package):
-    try:
-        return importlib.import_module(package)
-    except ImportError:
-        raise UserError(f"this needs {package}: pip install 'nanoencdec[teacher]'") from None
-
-
 def identity(model):
     """A digest of some of a model's numbers, which tells it from others."""
     some = [p.flatten()[::4099].tolist() for p in model.parameters()]
     return hashlib.sha256(json.dumps(some).encode()).hexdigest()[:12]
-
-
-def load_teacher(cfg, world):
-    if cfg.teacher.startswith("hf:"):
-        return ForeignTeacher(cfg.teacher[3:], cfg.template, world)
-    return OwnTeacher(cfg.teacher, world)
-
-
-def check_ids(mine, teacher, rows, cfg):
-    """Student and teacher must split every text into the same ids and end with the same one."""
-    theirs = teacher.tokenizer
-    texts = [row[side] for row in rows[:200] for side in ("source", "target")]
-    same = mine.ranks == theirs.ranks and mine.eos == theirs.eos
-    if not same or mine.encode_batch(texts) != theirs.encode_batch(texts):
-        raise UserError(
-            f"--teacher={cfg.teacher} splits text into other ids than the student: train the "
-            f"student with the teacher's vocabulary, --tokenizer={teacher.folder}"
-        )
 
 
 # ----------------------------------------------------------------------------------------------
@@ -365,20 +313,21 @@ def drawn(model, prompts, n, seeds):
     return [ids + [model.config.eos_id] * (len(ids) < n) for ids in answers]
 
 
-def student_answers(model, pairs, rows, step, n_ids, cfg):
+def student_answers(model, train_set, rows, step, n_ids, cfg):
     """{row: ids} that the student answers to these rows now: a function of seed, step, row and
     weights. An answer ends where it has an id that the teacher does not know."""
-    # Early answers do not end: they should not cost more than the references of the epoch do.
-    limits = {row: min(cfg.tgt_len, len(pairs.targets[row]) + 16) for row in rows}
+    pairs = train_set.pairs
+    # Early answers do not end, but should not cost much more than the step's references.
+    n = min(cfg.tgt_len, 16 + max(len(pairs.targets[row]) for row in train_set.rows(step)))
     model.eval()
     with eager():  # lengths differ from step to step
-        prompts = [pairs.prompt(row) for row in limits]
-        answers = drawn(model, prompts, max(limits.values()), seeds_of(cfg.seed, step, limits))
+        seeds = seeds_of(cfg.seed, step, rows)
+        answers = drawn(model, [pairs.prompt(row) for row in rows], n, seeds)
     model.train()
-    for row, ids in zip(limits, answers):
-        unknown = next((t for t, id in enumerate(ids) if id >= n_ids), limits[row])
-        ids[unknown:] = [model.config.eos_id] * (unknown < min(len(ids), limits[row]))
-    return dict(zip(limits, answers))
+    for ids in answers:
+        if unknown := [t for t, id in enumerate(ids) if id >= n_ids]:
+            ids[unknown[0] :] = [model.config.eos_id]
+    return dict(zip(rows, answers))
 
 
 def teacher_answers(teacher, prompts, train_set, cfg, world):
@@ -394,7 +343,7 @@ def teacher_answers(teacher, prompts, train_set, cfg, world):
     bar = tqdm(missing[world.rank :: world.size], "the teacher writes", disable=world.rank > 0)
     for i in bar:
         seeds = seeds_of(cfg.seed, 0, range(i, min(i + 64, len(prompts))))
-        write_json(paths[i], teacher.write(prompts[i : i + 64], cfg.tgt_len, seeds))
+        lib.runs.write_json(paths[i], teacher.write(prompts[i : i + 64], cfg.tgt_len, seeds))
     world.agree(None)  # all are there
     return [ids for i in starts for ids in read_json(paths[i], list)]
 
@@ -413,15 +362,9 @@ def answers_loss(teacher, pairs, prompts, rows, real, world):
 
 
 def finetune(cfg, world, teacher, train_set, valid_set):
-    """LoRA (Hu et al., 2021) of an hf: teacher on the task, as the paper's released code has it.
-    --out gets the adapter that did best. A run that was stopped begins again."""
-    if teacher.adapter:
-        raise UserError(f"{teacher.where} is an adapter already: fine-tune its base")
-    peft = optional("peft")
-    lora = dict(r=16, lora_alpha=32, lora_dropout=0.05, task_type="CAUSAL_LM")
-    lora = peft.LoraConfig(**lora, target_modules="all-linear")
-    torch.manual_seed(cfg.seed)
-    teacher.model = model = peft.get_peft_model(teacher.model, lora)
+    """Trains the adapter of an hf: teacher; --out gets the one that did best. A run that was
+    stopped begins again."""
+    model = teacher.model
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, cfg.lr, betas=(0.9, 0.95), weight_decay=0.0)
     cfg.out = new_run(f"teacher-{train_set.name}", cfg, world, train_set, valid_set)
@@ -481,12 +424,21 @@ def main():
 
     # Teacher, data, model, optimizers, run folder.
     rows_a_step = cfg.batch_size * cfg.grad_accum * world.size
-    teacher = load_teacher(cfg, world)
-    cfg.tokenizer = cfg.tokenizer or teacher.folder
+    if cfg.teacher.startswith("hf:"):
+        teacher = ForeignTeacher(cfg.teacher[3:], cfg.template, world, cfg.finetune_teacher)
+    else:
+        teacher = OwnTeacher(cfg.teacher, world)
+    folders = dict(scratch=teacher.folder, resume=cfg.out)
+    cfg.tokenizer = folders.get(cfg.init_from, cfg.init_from)
     with world.first():  # one process tokenizes, the others read its files
         train_set, valid_set = open_data(cfg, world.say, rows_a_step)
     pairs = train_set.pairs
-    check_ids(train_set.tokenizer, teacher, pairs.rows, cfg)
+    mine, theirs = train_set.tokenizer, teacher.tokenizer
+    if (mine.ranks, mine.eos) != (theirs.ranks, theirs.eos):
+        raise UserError(
+            f"--teacher={cfg.teacher} has another vocabulary than the student: train the student "
+            f"with --tokenizer={teacher.folder}"
+        )
     if cfg.finetune_teacher:
         return finetune(cfg, world, teacher, train_set, valid_set)
     train_set.hash += " " + teacher.identity  # neither may change before a run is resumed
@@ -510,8 +462,7 @@ def main():
         compile_parts(model, [train_set.batch(step, rows) for step in range(16)], world)
     log = Log(cfg.out, state["step"], world)
     world.say(f"{model.num_params():,} parameters; {rows_a_step} rows a step; {world.describe()}")
-    shown = teacher.tokenizer.show(prompts[0])
-    world.say(f"the teacher reads {shown[:100]!r} ... {shown[-60:]!r}")
+    world.say(f"the teacher reads {teacher.tokenizer.show(prompts[0])[-160:]!r}")
 
     stop, seconds, step = catch_signals(), [], state["step"]
     bar = tqdm(total=cfg.max_iters, initial=step, unit="step", mininterval=0.5, disable=log.quiet)
@@ -543,7 +494,7 @@ def main():
         shares = [train_set.share(step, numbers) for numbers in micros]
         if cfg.sequences == "student":
             every = [row for rows, _ in shares for row in rows]
-            answers = student_answers(model, pairs, every, step, teacher.n_ids, cfg)
+            answers = student_answers(model, train_set, every, step, teacher.n_ids, cfg)
         mine = [row for rows, real in shares for row in rows[:real]]
         n, m = (sum(len(texts[row]) for row in mine) for texts in (pairs.targets, answers))
         n, m = map(float, world.sum(n, m))  # targets of the whole step
