@@ -60,7 +60,7 @@ class Settings:
     tau: float = setting(1.0, "temperature that softens both distributions", low=1e-3, high=1e3)
     kl: str = setting("reverse", "KL(student || teacher), or the other way", ("reverse", "forward"))
     sequences: str = setting("student", "who answers", ("student", "teacher", "data"))
-    template: str = setting(None, "hf: prompt with {source}, or chat [chat if it has one]")
+    template: str = setting(None, "hf: prompt, with {source} [its chat template, if it has one]")
     finetune_teacher: bool = setting(False, "hf: only train a LoRA adapter of the teacher")
     arch: str = setting("encdec", "encoder-decoder, or decoder-only", ("encdec", "dec"))
     preset: str = setting("nano", "--student says it", tuple(PRESETS))
@@ -108,16 +108,11 @@ def resolve(cfg):
         raise UserError("--teacher is missing: a run of train.py --arch=dec, or hf:FOLDER_OR_ID")
     if cfg.finetune_teacher and not (cfg.teacher.startswith("hf:") and cfg.max_iters):
         raise UserError("--finetune_teacher is for hf: teachers and needs --max_iters")
-    if "{source}" not in (cfg.template or "{source}") and cfg.template != "chat":
-        raise UserError(f"--template={cfg.template} must hold {{source}}, or be chat")
+    if "{source}" not in (cfg.template or "{source}"):
+        raise UserError(f"--template={cfg.template} must hold {{source}}")
     if cfg.finetune_teacher and cfg.lr is None:
         cfg.lr = 2e-4
-    if cfg.student in PRESETS:
-        cfg.preset = cfg.student
-    elif os.path.isdir(cfg.student):
-        cfg.init_from = cfg.student
-    else:
-        raise UserError(f"--student={cfg.student} is no run folder, nor of {', '.join(PRESETS)}")
+    setattr(cfg, "preset" if cfg.student in PRESETS else "init_from", cfg.student)
     return train.resolve(cfg)
 
 
@@ -170,7 +165,9 @@ def both_losses(model, references, answered, heard, cfg):
 
     src, tgt, mask = references
     n_words = 2 * model.config.vocab_size
-    same = cfg.sequences == "data"  # then one reading of the student serves both losses
+    same = (
+        heard is None or cfg.sequences == "data"
+    )  # then one reading of the student serves both losses
     states = states_at(model, src, *([tgt] if same else [tgt, answered[1]]))
     ce = in_chunks(cross_entropy, n_words, states[0][mask], tgt[mask])
     if heard is None:
@@ -188,18 +185,14 @@ def both_losses(model, references, answered, heard, cfg):
 class OwnTeacher:
     """A decoder-only run on the task."""
 
-    def __init__(self, folder, world):
-        about = read_run(folder)["settings"]
-        if about["objective"] != "seq2seq" or read_config(folder).n_enc:
-            raise UserError(
-                f"--teacher={folder} is no decoder-only run on a task: python train.py --arch=dec "
-                "--data=TASK trains one"
-            )
+    def __init__(self, cfg, world):
+        self.folder = folder = cfg.teacher
+        if read_config(folder).n_enc or read_run(folder)["settings"]["objective"] != "seq2seq":
+            raise UserError(f"--teacher={folder} is no run of train.py --arch=dec --data=TASK")
         model = Transformer.load(folder, device=world.device, dtype=world.dtype)
         self.model = world.place(model).eval().requires_grad_(False)
-        self.folder, self.tokenizer = folder, load_tokenizer(folder)
+        self.tokenizer, self.identity = load_tokenizer(folder), identity(self.model)
         self.n_ids = min(model.config.vocab_size, self.tokenizer.vocab_size)
-        self.identity = identity(self.model)
 
     def prompts(self, pairs):
         return [[*source.tolist(), self.tokenizer.sep] for source in pairs.sources]
@@ -210,59 +203,55 @@ class OwnTeacher:
         return self.model.logits(self.model.states(None, ids)[answer])[:, : self.n_ids]
 
     def write(self, prompts, n, seeds):
-        return drawn(self.model, prompts, n, seeds)
+        return drawn(self.model, prompts, n, seeds, self.n_ids)
 
 
 class ForeignTeacher:
-    """A causal language model that `transformers` loads, or a LoRA adapter of one. `lora` puts a
-    new adapter into it, as the paper's released code has it (Hu et al., 2021)."""
+    """A causal language model that `transformers` loads, or a LoRA adapter of one."""
 
-    def __init__(self, name, template, world, lora):
+    def __init__(self, cfg, world):
+        name = cfg.teacher.removeprefix("hf:")
         try:
             import transformers
 
-            kind, safe = transformers.AutoModelForCausalLM, dict(use_safetensors=True)
-            self.model = kind.from_pretrained(name, dtype=world.dtype, **safe).to(world.device)
-            self.model.eval().requires_grad_(False)
-            if lora:
+            load = transformers.AutoModelForCausalLM.from_pretrained
+            model = load(name, dtype=world.dtype, use_safetensors=True).to(world.device)
+            self.model = model.eval().requires_grad_(False)
+            if cfg.finetune_teacher:
                 import peft
 
+                # As the paper's released code has it; Hu et al., 2021.
                 about = dict(r=16, lora_alpha=32, lora_dropout=0.05, task_type="CAUSAL_LM")
                 about = peft.LoraConfig(**about, target_modules="all-linear")
-                self.model = peft.get_peft_model(self.model, about)
+                self.model = peft.get_peft_model(model, about)
             self.text = transformers.AutoTokenizer.from_pretrained(name)
-            file = transformers.utils.cached_file(name, "tokenizer.json")
+            self.folder = os.path.dirname(transformers.utils.cached_file(name, "tokenizer.json"))
         except Exception as error:  # the libraries raise many kinds
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
             raise UserError(
-                f"--teacher=hf:{name} cannot be loaded: {reason}. It takes a folder or a Hub id "
-                "with config.json, weights as safetensors and tokenizer.json, and the packages of "
-                "pip install 'nanoencdec[teacher]'"
+                f"--teacher={cfg.teacher} cannot be used: {str(error)[:200]}. It takes weights as "
+                "safetensors and a tokenizer.json, and pip install 'nanoencdec[teacher]'"
             ) from None
         self.model.generation_config = transformers.GenerationConfig()  # no penalties
-        self.folder, self.device = os.path.dirname(file), world.device
         self.tokenizer = load_tokenizer(self.folder)
         self.n_ids = self.tokenizer.n_text  # its embedding may have more rows, which mean nothing
-        n_rows = self.model.get_input_embeddings().num_embeddings
-        if self.tokenizer.eos >= self.n_ids or self.n_ids > n_rows:
-            raise UserError(f"--teacher=hf:{name} has no end of sequence, or ids without a vector")
-        self.unused = list(range(self.n_ids, n_rows)) or None
-        self.template = template or ("chat" if self.text.chat_template else "{source}\n")
-        if self.template == "chat" and not self.text.chat_template:
-            raise UserError(f"--teacher=hf:{name} has no chat template: --template='...{{source}}'")
+        if self.tokenizer.eos >= self.n_ids:
+            raise UserError(f"--teacher=hf:{name} has a tokenizer without an end of sequence")
+        template = cfg.template or ("" if self.text.chat_template else "{source}\n")
+        self.template = template.replace("\\n", "\n")  # as a shell has it
         self.identity = self.template + identity(self.model)
 
     def prompts(self, pairs):
         """What is longer than the student reads is cut at the same place."""
         texts = [self.tokenizer.decode(source[:-1].tolist()) for source in pairs.sources]
-        if self.template != "chat":
-            filled = [self.template.replace("\\n", "\n").replace("{source}", t) for t in texts]
-            found = self.text(filled)["input_ids"]
-            return [ids[:-1] if ids[-1:] == [self.tokenizer.eos] else ids for ids in found]
-        chats = [[dict(role="user", content=text)] for text in texts]
-        more = dict(add_generation_prompt=True, tokenize=False)
-        filled = self.text.apply_chat_template(chats, **more)
-        return self.text(filled, add_special_tokens=False)["input_ids"]
+        if self.template:
+            filled = [self.template.replace("{source}", text) for text in texts]
+        else:  # its own chat template, which writes begin-of-sequence itself
+            chats = [[dict(role="user", content=text)] for text in texts]
+            filled = self.text.apply_chat_template(
+                chats, tokenize=False, add_generation_prompt=True
+            )
+        found = self.text(filled, add_special_tokens=bool(self.template))["input_ids"]
+        return [ids[:-1] if ids[-1:] == [self.tokenizer.eos] else ids for ids in found]
 
     def read(self, prompts, answers):
         (x, real_x), (y, real_y) = self.padded(prompts, "left"), self.padded(answers, "right")
@@ -274,16 +263,15 @@ class ForeignTeacher:
     def write(self, prompts, n, seeds):
         torch.manual_seed(seeds[0])
         (ids, real), eos = self.padded(prompts, "left"), self.tokenizer.eos
-        more = dict(pad_token_id=eos, eos_token_id=eos, suppress_tokens=self.unused)
-        more |= dict(do_sample=True, top_k=0, attention_mask=real.long(), max_new_tokens=n)
-        rows = self.model.generate(input_ids=ids, **more)[:, ids.size(1) :].tolist()
-        return [row[: row.index(eos) + 1] if eos in row else row for row in rows]
+        more = dict(do_sample=True, top_k=0, max_new_tokens=n, pad_token_id=eos, eos_token_id=eos)
+        rows = self.model.generate(input_ids=ids, attention_mask=real.long(), **more)
+        return [ended(row, self.n_ids, eos) for row in rows[:, ids.size(1) :].tolist()]
 
     def padded(self, rows, side):
         """Lists of ids -> ids (B, T) and a mask, True at real ones."""
         ids = pad_sequence([torch.tensor(row) for row in rows], True, 0, side)
         real = pad_sequence([torch.ones(len(r), dtype=torch.bool) for r in rows], True, 0, side)
-        return ids.to(self.device), real.to(self.device)
+        return ids.to(self.model.device), real.to(self.model.device)
 
     def save(self, folder, weights, **metadata):
         """As lib.runs.save_best calls it: the adapter that `finetune` trains."""
@@ -305,28 +293,30 @@ def seeds_of(seed, step, rows):
     return [((seed * 1_000_003 + step) * 1_000_003 + int(row)) % 2**63 for row in rows]
 
 
-def drawn(model, prompts, n, seeds):
-    """Answers of a Transformer, one batch with the KV cache: lists of at most n ids, which end with
-    end-of-sequence where there is room for it."""
-    steps = list(model.generate(prompts, n, 1.0, seed=seeds))
+def ended(ids, n_ids, eos):
+    """An answer up to its end: end-of-sequence, or an id that the teacher does not know."""
+    end = next((t for t, id in enumerate(ids) if id == eos or id >= n_ids), len(ids))
+    return ids[:end] + [eos] * (end < len(ids))
+
+
+def drawn(model, prompts, n, seeds, n_ids):
+    """Answers of a Transformer, one batch with the KV cache: lists of at most n ids."""
+    steps, eos = list(model.generate(prompts, n, 1.0, seed=seeds)), model.config.eos_id
     answers = [[new[b] for new in steps if new[b] is not None] for b in range(len(prompts))]
-    return [ids + [model.config.eos_id] * (len(ids) < n) for ids in answers]
+    return [ended(ids + [eos] * (len(ids) < n), n_ids, eos) for ids in answers]
 
 
-def student_answers(model, train_set, rows, step, n_ids, cfg):
+def student_answers(model, train_set, rows, step, n_ids, seed):
     """{row: ids} that the student answers to these rows now: a function of seed, step, row and
-    weights. An answer ends where it has an id that the teacher does not know."""
+    weights."""
     pairs = train_set.pairs
     # Early answers do not end, but should not cost much more than the step's references.
-    n = min(cfg.tgt_len, 16 + max(len(pairs.targets[row]) for row in train_set.rows(step)))
+    n = min(pairs.tgt_len, 16 + max(len(pairs.targets[row]) for row in train_set.rows(step)))
     model.eval()
     with eager():  # lengths differ from step to step
-        seeds = seeds_of(cfg.seed, step, rows)
-        answers = drawn(model, [pairs.prompt(row) for row in rows], n, seeds)
+        prompts = [pairs.prompt(row) for row in rows]
+        answers = drawn(model, prompts, n, seeds_of(seed, step, rows), n_ids)
     model.train()
-    for ids in answers:
-        if unknown := [t for t, id in enumerate(ids) if id >= n_ids]:
-            ids[unknown[0] :] = [model.config.eos_id]
     return dict(zip(rows, answers))
 
 
@@ -337,59 +327,51 @@ def teacher_answers(teacher, prompts, train_set, cfg, world):
     name = "answers-" + hashlib.sha256(about.encode()).hexdigest()[:12]
     folder = os.path.join(data.corpus.CACHE, name)
     os.makedirs(folder, exist_ok=True)
-    starts = range(0, len(prompts), 64)
-    paths = {i: os.path.join(folder, f"{i:07d}.json") for i in starts}
-    missing = world.agree([i for i in starts if not os.path.exists(paths[i])])
-    bar = tqdm(missing[world.rank :: world.size], "the teacher writes", disable=world.rank > 0)
-    for i in bar:
-        seeds = seeds_of(cfg.seed, 0, range(i, min(i + 64, len(prompts))))
-        lib.runs.write_json(paths[i], teacher.write(prompts[i : i + 64], cfg.tgt_len, seeds))
+    paths = {i: os.path.join(folder, f"{i:07d}.json") for i in range(0, len(prompts), 64)}
+    missing = world.agree([i for i, path in paths.items() if not os.path.exists(path)])
+    for i in tqdm(missing[world.rank :: world.size], "the teacher writes", disable=world.rank > 0):
+        part = prompts[i : i + 64]
+        seeds = seeds_of(cfg.seed, 0, range(i, i + len(part)))
+        lib.runs.write_json(paths[i], teacher.write(part, cfg.tgt_len, seeds))
     world.agree(None)  # all are there
-    return [ids for i in starts for ids in read_json(paths[i], list)]
+    return [ids for path in paths.values() for ids in read_json(path, list)]
 
 
 # ----------------------------------------------------------------------------------------------
 # A teacher that learns the task first
 
 
-def answers_loss(teacher, pairs, prompts, rows, real, world):
-    """Cross-entropy, in nats, summed over the targets of rows[:real], and how many those are."""
+def answers_loss(teacher, pairs, prompts, rows, world):
+    """Cross-entropy, in nats, summed over the targets of these rows, and how many those are."""
     targets = [pairs.targets[row].tolist() for row in rows]
     with world.autocast():
         logits = teacher.read([prompts[row] for row in rows], targets).float()
-    ids = torch.tensor([id for target in targets[:real] for id in target], device=world.device)
-    return F.cross_entropy(logits[: len(ids)], ids.long(), reduction="sum"), len(ids)
+    ids = torch.tensor([id for target in targets for id in target], device=world.device)
+    return F.cross_entropy(logits, ids, reduction="sum"), len(ids)
 
 
 def finetune(cfg, world, teacher, train_set, valid_set):
-    """Trains the adapter of an hf: teacher; --out gets the one that did best. A run that was
-    stopped begins again."""
+    """Trains the adapter of an hf: teacher. A run that was stopped begins again."""
     model = teacher.model
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, cfg.lr, betas=(0.9, 0.95), weight_decay=0.0)
     cfg.out = new_run(f"teacher-{train_set.name}", cfg, world, train_set, valid_set)
-    prompts, held_out = teacher.prompts(train_set.pairs), teacher.prompts(valid_set.pairs)
-    groups = [[row] for row in evenly(len(held_out), cfg.eval_rows)]
-    log, best, begin, tokens = Log(cfg.out, 0, world), None, time.perf_counter(), 0
+    train_rows, held_out = ((s.pairs, teacher.prompts(s.pairs)) for s in (train_set, valid_set))
+    share = evenly(len(held_out[1]), cfg.eval_rows)[world.rank :: world.size]
+    log, begin, tokens = Log(cfg.out, 0, world), time.perf_counter(), 0
     world.say(f"LoRA: {sum(p.numel() for p in params):,} parameters; {world.describe()}")
     for step in tqdm(range(cfg.max_iters + 1), unit="step", disable=log.quiet):
-        # Evaluation and checkpoint.
+        # Evaluation and the adapter.
         last, about = step == cfg.max_iters, dict(step=step, time_s=time.perf_counter() - begin)
         if last or step % (cfg.eval_interval or math.ceil(cfg.max_iters / 8)) == 0:
             model.eval()
             with torch.no_grad():
-                found = [
-                    answers_loss(teacher, valid_set.pairs, held_out, rows, 1, world)
-                    for rows in groups[world.rank :: world.size]
-                ]
-            nll, n = world.sum(sum(loss.item() for loss, _ in found), sum(n for _, n in found))
+                found = [answers_loss(teacher, *held_out, [row], world) for row in share]
+            nll, n = world.sum(*(float(sum(column)) for column in zip(*found)))
             model.train()
             world.say(f"step {step}: val_loss {nll / n:.4f}")
             log.add(about | dict(tokens=tokens, val_loss=nll / n))
-            log.plot()
-            if best is None or nll / n < best:
-                best = nll / n
-                save_best(cfg.out, teacher, step, world)
+            save_best(cfg.out, teacher, step, world)
         if last:
             break
 
@@ -399,19 +381,19 @@ def finetune(cfg, world, teacher, train_set, valid_set):
         torch.manual_seed((cfg.seed * 1_000_003 + step) * world.size + world.rank)
         loss_sum, targets = 0.0, 0
         for micro in range(cfg.grad_accum):
-            rows, real = train_set.share(step, world.rows(micro, cfg.batch_size))
-            loss, n = answers_loss(teacher, train_set.pairs, prompts, rows, real, world)
+            rows, _ = train_set.share(step, world.rows(micro, cfg.batch_size))
+            loss, n = answers_loss(teacher, *train_rows, rows, world)
             loss.backward()
             loss_sum, targets = loss_sum + loss.item(), targets + n
         loss_sum, targets = world.sum(loss_sum, targets)
         world.sum_gradients(params)
-        torch._foreach_div_([p.grad for p in params], max(1.0, targets))
+        torch._foreach_div_([p.grad for p in params], targets)
         torch.nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         tokens += int(targets)
-        log.add(about | dict(tokens=tokens, loss=loss_sum / max(1, targets)))
-    world.say(f"val_loss {best:.4f}; distill it with --teacher=hf:{cfg.out} --data={cfg.data}")
+        log.add(about | dict(tokens=tokens, loss=loss_sum / targets))
+    world.say(f"distill it: python distill.py --teacher=hf:{cfg.out} --data={cfg.data}")
     world.stop()
 
 
@@ -424,10 +406,8 @@ def main():
 
     # Teacher, data, model, optimizers, run folder.
     rows_a_step = cfg.batch_size * cfg.grad_accum * world.size
-    if cfg.teacher.startswith("hf:"):
-        teacher = ForeignTeacher(cfg.teacher[3:], cfg.template, world, cfg.finetune_teacher)
-    else:
-        teacher = OwnTeacher(cfg.teacher, world)
+    kind = ForeignTeacher if cfg.teacher.startswith("hf:") else OwnTeacher
+    teacher = kind(cfg, world)
     folders = dict(scratch=teacher.folder, resume=cfg.out)
     cfg.tokenizer = folders.get(cfg.init_from, cfg.init_from)
     with world.first():  # one process tokenizes, the others read its files
@@ -435,10 +415,8 @@ def main():
     pairs = train_set.pairs
     mine, theirs = train_set.tokenizer, teacher.tokenizer
     if (mine.ranks, mine.eos) != (theirs.ranks, theirs.eos):
-        raise UserError(
-            f"--teacher={cfg.teacher} has another vocabulary than the student: train the student "
-            f"with --tokenizer={teacher.folder}"
-        )
+        message = f"--teacher={cfg.teacher} has another vocabulary than the student: train it with"
+        raise UserError(f"{message} --tokenizer={teacher.folder}")
     if cfg.finetune_teacher:
         return finetune(cfg, world, teacher, train_set, valid_set)
     train_set.hash += " " + teacher.identity  # neither may change before a run is resumed
@@ -492,9 +470,9 @@ def main():
         begin, share = time.perf_counter(), lr_share(step, cfg)
         micros = [world.rows(micro, cfg.batch_size) for micro in range(cfg.grad_accum)]
         shares = [train_set.share(step, numbers) for numbers in micros]
-        if cfg.sequences == "student":
+        if cfg.sequences == "student" and cfg.alpha > 0:
             every = [row for rows, _ in shares for row in rows]
-            answers = student_answers(model, train_set, every, step, teacher.n_ids, cfg)
+            answers = student_answers(model, train_set, every, step, teacher.n_ids, cfg.seed)
         mine = [row for rows, real in shares for row in rows[:real]]
         n, m = (sum(len(texts[row]) for row in mine) for texts in (pairs.targets, answers))
         n, m = map(float, world.sum(n, m))  # targets of the whole step
