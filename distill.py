@@ -27,7 +27,6 @@ an hf: teacher on the task and does nothing else; its folder is a teacher: --tea
 """
 
 import hashlib
-import json
 import math
 import os
 import time
@@ -65,8 +64,6 @@ class Settings:
     arch: str = setting("encdec", "encoder-decoder, or decoder-only", ("encdec", "dec"))
     preset: str = setting("nano", "--student says it", tuple(PRESETS))
     split: str = setting("2/3", "the encoder's share of the layers", ("1/3", "1/2", "2/3"))
-    n_enc: int = setting(None, "encoder layers, not --split", type=int, low=1, high=1024)
-    n_dec: int = setting(None, "decoder layers, not --split", type=int, low=1, high=1024)
     cross_rope: bool = setting(None, "RoPE in cross-attention [on]", type=bool)
     objective: str = setting("seq2seq", "a task, always", ("seq2seq",))
     data: str = setting("docstring", "a task, a path, a Hub id; see data/tasks.py")
@@ -96,8 +93,8 @@ class Settings:
     dtype: str = setting("auto", "of matrix products", ("auto", "float32", "bfloat16"))
     compile: str = setting("auto", "torch.compile", ("auto", "true", "false"))
     threads: int = setting(0, "CPU threads; 0 is torch's choice", high=4096)
-    # No keys: of a text alone, or the teacher's.
-    decontaminate, vocab_size, tokenizer = None, None, "bpe"
+    # No keys: of a text alone, told by --split, or the teacher's.
+    decontaminate, vocab_size, n_enc, n_dec, tokenizer = None, None, None, None, "bpe"
 
 
 def resolve(cfg):
@@ -110,8 +107,7 @@ def resolve(cfg):
         raise UserError("--finetune_teacher is for hf: teachers and needs --max_iters")
     if "{source}" not in (cfg.template or "{source}"):
         raise UserError(f"--template={cfg.template} must hold {{source}}")
-    if cfg.finetune_teacher and cfg.lr is None:
-        cfg.lr = 2e-4
+    cfg.lr = cfg.lr or (2e-4 if cfg.finetune_teacher else None)
     setattr(cfg, "preset" if cfg.student in PRESETS else "init_from", cfg.student)
     return train.resolve(cfg)
 
@@ -145,8 +141,7 @@ def states_at(model, src, *targets):
     if src is None:
         return [model.states(None, tgt) for tgt in targets]
     src_mask = src != model.config.pad_id
-    encoded = model.encode(src, src_mask)
-    bos = model.config.bos_id
+    encoded, bos = model.encode(src, src_mask), model.config.bos_id
     return [model.decode(shift_right(tgt, bos), encoded, src_mask) for tgt in targets]
 
 
@@ -163,23 +158,22 @@ def both_losses(model, references, answered, heard, cfg):
         student = (model.logits(states)[:, : heard.size(1)].float() / cfg.tau).log_softmax(-1)
         return divergence(student, (heard.float() / cfg.tau).log_softmax(-1), cfg.kl).sum()
 
-    src, tgt, mask = references
-    n_words = 2 * model.config.vocab_size
-    same = (
-        heard is None or cfg.sequences == "data"
-    )  # then one reading of the student serves both losses
-    states = states_at(model, src, *([tgt] if same else [tgt, answered[1]]))
+    batches = (to_device(batch, model.embed.weight.device) for batch in (references, answered))
+    (src, tgt, mask), (_, said, said_mask) = batches
+    # Where the answers are the references, one reading of the student serves both losses.
+    same, n_words = heard is None or cfg.sequences == "data", 2 * model.config.vocab_size
+    states = states_at(model, src, *([tgt] if same else [tgt, said]))
     ce = in_chunks(cross_entropy, n_words, states[0][mask], tgt[mask])
     if heard is None:
         return ce, torch.zeros_like(ce)
-    return ce, in_chunks(softened, n_words, states[-1][answered[2]], heard)
+    return ce, in_chunks(softened, n_words, states[-1][said_mask], heard)
 
 
 # ----------------------------------------------------------------------------------------------
 # Teachers. Each has: tokenizer, and the folder of it; n_ids, how many ids it knows; identity; and
 #   prompts(pairs)             what it reads before an answer, for every row: lists of ids
 #   read(prompts, answers)     its logits (N, n_ids) at each of the N tokens of the answers
-#   write(prompts, n, seeds)   answers of at most n tokens
+#   write(prompts, n, seed)    answers of at most n tokens
 
 
 class OwnTeacher:
@@ -202,8 +196,8 @@ class OwnTeacher:
         _, ids, answer = to_device(batch, self.model.embed.weight.device)
         return self.model.logits(self.model.states(None, ids)[answer])[:, : self.n_ids]
 
-    def write(self, prompts, n, seeds):
-        return drawn(self.model, prompts, n, seeds, self.n_ids)
+    def write(self, prompts, n, seed):
+        return drawn(self.model, prompts, n, seed, self.n_ids)
 
 
 class ForeignTeacher:
@@ -221,9 +215,8 @@ class ForeignTeacher:
                 import peft
 
                 # As the paper's released code has it; Hu et al., 2021.
-                about = dict(r=16, lora_alpha=32, lora_dropout=0.05, task_type="CAUSAL_LM")
-                about = peft.LoraConfig(**about, target_modules="all-linear")
-                self.model = peft.get_peft_model(model, about)
+                about = dict(r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear")
+                self.model = peft.get_peft_model(model, peft.LoraConfig(**about))
             self.text = transformers.AutoTokenizer.from_pretrained(name)
             self.folder = os.path.dirname(transformers.utils.cached_file(name, "tokenizer.json"))
         except Exception as error:  # the libraries raise many kinds
@@ -236,9 +229,8 @@ class ForeignTeacher:
         self.n_ids = self.tokenizer.n_text  # its embedding may have more rows, which mean nothing
         if self.tokenizer.eos >= self.n_ids:
             raise UserError(f"--teacher=hf:{name} has a tokenizer without an end of sequence")
-        template = cfg.template or ("" if self.text.chat_template else "{source}\n")
-        self.template = template.replace("\\n", "\n")  # as a shell has it
-        self.identity = self.template + identity(self.model)
+        self.template = cfg.template or ("" if self.text.chat_template else "{source}\n")
+        self.identity = identity(self.model, self.template)
 
     def prompts(self, pairs):
         """What is longer than the student reads is cut at the same place."""
@@ -246,10 +238,8 @@ class ForeignTeacher:
         if self.template:
             filled = [self.template.replace("{source}", text) for text in texts]
         else:  # its own chat template, which writes begin-of-sequence itself
-            chats = [[dict(role="user", content=text)] for text in texts]
-            filled = self.text.apply_chat_template(
-                chats, tokenize=False, add_generation_prompt=True
-            )
+            chats, kind = [[dict(role="user", content=t)] for t in texts], dict(tokenize=False)
+            filled = self.text.apply_chat_template(chats, add_generation_prompt=True, **kind)
         found = self.text(filled, add_special_tokens=bool(self.template))["input_ids"]
         return [ids[:-1] if ids[-1:] == [self.tokenizer.eos] else ids for ids in found]
 
@@ -260,8 +250,8 @@ class ForeignTeacher:
         found = self.model(input_ids=ids, **places, use_cache=False, logits_to_keep=T + 1)
         return found.logits[:, :-1][real_y][:, : self.n_ids]  # of (B, T, V), where answers are
 
-    def write(self, prompts, n, seeds):
-        torch.manual_seed(seeds[0])
+    def write(self, prompts, n, seed):
+        torch.manual_seed(seed)
         (ids, real), eos = self.padded(prompts, "left"), self.tokenizer.eos
         more = dict(do_sample=True, top_k=0, max_new_tokens=n, pad_token_id=eos, eos_token_id=eos)
         rows = self.model.generate(input_ids=ids, attention_mask=real.long(), **more)
@@ -269,9 +259,8 @@ class ForeignTeacher:
 
     def padded(self, rows, side):
         """Lists of ids -> ids (B, T) and a mask, True at real ones."""
-        ids = pad_sequence([torch.tensor(row) for row in rows], True, 0, side)
-        real = pad_sequence([torch.ones(len(r), dtype=torch.bool) for r in rows], True, 0, side)
-        return ids.to(self.model.device), real.to(self.model.device)
+        ids = pad_sequence([torch.tensor(row) for row in rows], True, -1, side)
+        return ids.clamp(min=0).to(self.model.device), (ids >= 0).to(self.model.device)
 
     def save(self, folder, weights, **metadata):
         """As lib.runs.save_best calls it: the adapter that `finetune` trains."""
@@ -279,18 +268,14 @@ class ForeignTeacher:
         self.text.save_pretrained(folder)
 
 
-def identity(model):
+def identity(model, more=""):
     """A digest of some of a model's numbers, which tells it from others."""
     some = [p.flatten()[::4099].tolist() for p in model.parameters()]
-    return hashlib.sha256(json.dumps(some).encode()).hexdigest()[:12]
+    return hashlib.sha256(repr((some, more)).encode()).hexdigest()[:12]
 
 
 # ----------------------------------------------------------------------------------------------
 # Answers, drawn at temperature 1
-
-
-def seeds_of(seed, step, rows):
-    return [((seed * 1_000_003 + step) * 1_000_003 + int(row)) % 2**63 for row in rows]
 
 
 def ended(ids, n_ids, eos):
@@ -299,9 +284,9 @@ def ended(ids, n_ids, eos):
     return ids[:end] + [eos] * (end < len(ids))
 
 
-def drawn(model, prompts, n, seeds, n_ids):
+def drawn(model, prompts, n, seed, n_ids):
     """Answers of a Transformer, one batch with the KV cache: lists of at most n ids."""
-    steps, eos = list(model.generate(prompts, n, 1.0, seed=seeds)), model.config.eos_id
+    steps, eos = list(model.generate(prompts, n, 1.0, seed=seed)), model.config.eos_id
     answers = [[new[b] for new in steps if new[b] is not None] for b in range(len(prompts))]
     return [ended(ids + [eos] * (len(ids) < n), n_ids, eos) for ids in answers]
 
@@ -315,7 +300,8 @@ def student_answers(model, train_set, rows, step, n_ids, seed):
     model.eval()
     with eager():  # lengths differ from step to step
         prompts = [pairs.prompt(row) for row in rows]
-        answers = drawn(model, prompts, n, seeds_of(seed, step, rows), n_ids)
+        seeds = [((seed * 1_000_003 + step) * 1_000_003 + int(row)) % 2**63 for row in rows]
+        answers = drawn(model, prompts, n, seeds, n_ids)
     model.train()
     return dict(zip(rows, answers))
 
@@ -323,16 +309,13 @@ def student_answers(model, train_set, rows, step, n_ids, seed):
 def teacher_answers(teacher, prompts, train_set, cfg, world):
     """The teacher's answers to all rows, lists of ids, written once. The cache keeps them in parts,
     so that a run which is stopped here goes on where it was."""
-    about = json.dumps([train_set.hash, cfg.src_len, cfg.tgt_len, cfg.seed, str(world.dtype)])
-    name = "answers-" + hashlib.sha256(about.encode()).hexdigest()[:12]
+    name = f"answers-{train_set.hash}-{cfg.src_len}-{cfg.tgt_len}-{world.dtype}"
     folder = os.path.join(data.corpus.CACHE, name)
     os.makedirs(folder, exist_ok=True)
     paths = {i: os.path.join(folder, f"{i:07d}.json") for i in range(0, len(prompts), 64)}
     missing = world.agree([i for i, path in paths.items() if not os.path.exists(path)])
     for i in tqdm(missing[world.rank :: world.size], "the teacher writes", disable=world.rank > 0):
-        part = prompts[i : i + 64]
-        seeds = seeds_of(cfg.seed, 0, range(i, i + len(part)))
-        lib.runs.write_json(paths[i], teacher.write(part, cfg.tgt_len, seeds))
+        lib.runs.write_json(paths[i], teacher.write(prompts[i : i + 64], cfg.tgt_len, i))
     world.agree(None)  # all are there
     return [ids for path in paths.values() for ids in read_json(path, list)]
 
@@ -359,25 +342,11 @@ def finetune(cfg, world, teacher, train_set, valid_set):
     train_rows, held_out = ((s.pairs, teacher.prompts(s.pairs)) for s in (train_set, valid_set))
     share = evenly(len(held_out[1]), cfg.eval_rows)[world.rank :: world.size]
     log, begin, tokens = Log(cfg.out, 0, world), time.perf_counter(), 0
+    interval = cfg.eval_interval or math.ceil(cfg.max_iters / 8)
     world.say(f"LoRA: {sum(p.numel() for p in params):,} parameters; {world.describe()}")
-    for step in tqdm(range(cfg.max_iters + 1), unit="step", disable=log.quiet):
-        # Evaluation and the adapter.
-        last, about = step == cfg.max_iters, dict(step=step, time_s=time.perf_counter() - begin)
-        if last or step % (cfg.eval_interval or math.ceil(cfg.max_iters / 8)) == 0:
-            model.eval()
-            with torch.no_grad():
-                found = [answers_loss(teacher, *held_out, [row], world) for row in share]
-            nll, n = world.sum(*(float(sum(column)) for column in zip(*found)))
-            model.train()
-            world.say(f"step {step}: val_loss {nll / n:.4f}")
-            log.add(about | dict(tokens=tokens, val_loss=nll / n))
-            save_best(cfg.out, teacher, step, world)
-        if last:
-            break
-
+    for step in tqdm(range(cfg.max_iters), unit="step", disable=log.quiet):
         # One step.
-        for group in optimizer.param_groups:
-            group["lr"] = cfg.lr * lr_share(step, cfg)
+        optimizer.param_groups[0]["lr"] = cfg.lr * lr_share(step, cfg)
         torch.manual_seed((cfg.seed * 1_000_003 + step) * world.size + world.rank)
         loss_sum, targets = 0.0, 0
         for micro in range(cfg.grad_accum):
@@ -392,7 +361,19 @@ def finetune(cfg, world, teacher, train_set, valid_set):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         tokens += int(targets)
-        log.add(about | dict(tokens=tokens, loss=loss_sum / targets))
+        about = dict(time_s=time.perf_counter() - begin, tokens=tokens)
+        log.add(dict(step=step, **about, loss=loss_sum / targets))
+
+        # Evaluation, and the adapter.
+        if (step + 1) % interval == 0 or step + 1 == cfg.max_iters:
+            model.eval()
+            with torch.no_grad():
+                found = [answers_loss(teacher, *held_out, [row], world) for row in share]
+            nll, n = world.sum(sum(loss.item() for loss, _ in found), sum(n for _, n in found))
+            model.train()
+            world.say(f"step {step + 1}: val_loss {nll / n:.4f}")
+            log.add(dict(step=step + 1, **about, val_loss=nll / n))
+            save_best(cfg.out, teacher, step + 1, world)
     world.say(f"distill it: python distill.py --teacher=hf:{cfg.out} --data={cfg.data}")
     world.stop()
 
@@ -419,7 +400,7 @@ def main():
         raise UserError(f"{message} --tokenizer={teacher.folder}")
     if cfg.finetune_teacher:
         return finetune(cfg, world, teacher, train_set, valid_set)
-    train_set.hash += " " + teacher.identity  # neither may change before a run is resumed
+    train_set.hash += "-" + teacher.identity  # neither may change before a run is resumed
     prompts, answers = teacher.prompts(pairs), pairs.targets
     if cfg.sequences == "teacher":
         answers = teacher_answers(teacher, prompts, train_set, cfg, world)
@@ -490,11 +471,9 @@ def main():
             answered = pairs.batch(rows, targets=said)
             answered[2][real:] = False
             if cfg.alpha > 0:  # the teacher reads; its logits of rows that do not count are dropped
-                heard = teacher.read([prompts[row] for row in rows], said)
-                heard = heard[: sum(map(len, said[:real]))]
+                heard = teacher.read([prompts[r] for r in rows], said)[: sum(map(len, said[:real]))]
             with world.autocast():
-                parts = (to_device(part, world.device) for part in (batch, answered))
-                ce, kd = both_losses(model, *parts, heard, cfg)
+                ce, kd = both_losses(model, batch, answered, heard, cfg)
                 loss = (1 - cfg.alpha) * ce / n + cfg.alpha * cfg.tau**2 * kd / m
             loss.backward()
             loss_sum, kd_sum = loss_sum + loss.detach(), kd_sum + kd.detach() / m
