@@ -822,6 +822,8 @@ class Settings:
         ("onnx", "hf", "run"),
     )
     tokenizer: str = setting(None, "run: a tokenizer.json, where none lies beside the weights")
+    n_enc: int = setting(None, "run: as an encoder-decoder, of so many layers", type=int, low=1)
+    n_dec: int = setting(None, "run: the same of its decoder", type=int, low=1)
     precision: str = setting(
         "fp32", "of the weights; with int4, an encoder is int8", ("fp32", "fp16", "int8", "int4")
     )
@@ -912,7 +914,7 @@ def main():
         if cfg.format == "onnx":
             report = export_run(cfg, new)
         elif cfg.format == "run":
-            weights.write_run(cfg.run, new, cfg.tokenizer)
+            weights.write_run(cfg.run, new, cfg.tokenizer, cfg.n_enc, cfg.n_dec)
         else:
             weights.write_hf(cfg.run, new, cfg.precision)
         if os.path.isdir(out):

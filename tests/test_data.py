@@ -100,7 +100,7 @@ def test_an_imported_tokenizer_begins_as_its_own_call_does(tmp_path, adds):
     foreign.decoder = decoders.ByteLevel()
     letters = pre_tokenizers.ByteLevel.alphabet()
     special = ["<s>", "</s>"]
-    trainer = trainers.BpeTrainer(300, special_tokens=special, initial_alphabet=letters)
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=letters)
     foreign.train_from_iterator(TEXTS, trainer)
     if adds:
         ends = [("<s>", foreign.token_to_id("<s>"))]
