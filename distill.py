@@ -36,7 +36,6 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 
 import data.corpus
 import lib.runs
@@ -64,29 +63,29 @@ class Settings:
     arch: str = setting("encdec", "encoder-decoder, or decoder-only", ("encdec", "dec"))
     preset: str = setting("nano", "--student says it", tuple(PRESETS))
     split: str = setting("2/3", "the encoder's share of the layers", ("1/3", "1/2", "2/3"))
-    cross_rope: bool = setting(None, "RoPE in cross-attention [on]", type=bool)
+    cross_rope: bool = setting(None, "RoPE in cross-attention [on]")
     objective: str = setting("seq2seq", "a task, always", ("seq2seq",))
     data: str = setting("docstring", "a task, a path, a Hub id; see data/tasks.py")
     source_col: str = setting(None, "column of the source [the task's, or source]")
     target_col: str = setting(None, "column of the target [the task's, or target]")
-    src_len: int = setting(None, "source tokens a row [the preset's]", type=int, high=2**20)
-    tgt_len: int = setting(None, "target tokens a row", type=int, low=1, high=2**20)
+    src_len: int = setting(None, "source tokens a row [the preset's]", high=2**20)
+    tgt_len: int = setting(None, "target tokens a row", low=1, high=2**20)
     init_from: str = setting("scratch", "resume: the run in --out", ("scratch", "resume"))
     out: str = setting(None, "run folder [a new one in out/]")
-    max_iters: int = setting(None, "optimizer steps [as fit into --max_minutes]", type=int, low=1)
-    max_minutes: float = setting(None, "training time [the preset's]", type=float, low=1e-3)
-    batch_size: int = setting(None, "rows a forward pass", type=int, low=1, high=2**16)
+    max_iters: int = setting(None, "optimizer steps [as fit into --max_minutes]", low=1)
+    max_minutes: float = setting(None, "training time [the preset's]", low=1e-3)
+    batch_size: int = setting(None, "rows a forward pass", low=1, high=2**16)
     grad_accum: int = setting(1, "forward passes a step, on each device", low=1, high=2**16)
     optimizer: str = setting("muon", "of the matrices; the rest has AdamW", ("muon", "adamw"))
-    lr: float = setting(None, "peak learning rate of the matrices", type=float, high=100)
-    embed_lr: float = setting(None, "of embeddings, gains and biases", type=float, high=100)
+    lr: float = setting(None, "peak learning rate of the matrices", high=100)
+    embed_lr: float = setting(None, "of embeddings, gains and biases", high=100)
     weight_decay: float = setting(0.1, "of the matrices, times the learning rate", high=100)
-    warmup_iters: int = setting(None, "steps of linear warm-up, at most a tenth", type=int)
+    warmup_iters: int = setting(None, "steps of linear warm-up, at most a tenth")
     schedule: str = setting(None, "after it, down to zero", ("cosine", "linear"))
     dropout: float = setting(0.0, "of what each part of a block adds", high=0.99)
     word_dropout: float = setting(0.0, "share of the tokens hidden in training", high=0.99)
     label_smoothing: float = setting(0.0, "share of a target that all words get", high=0.99)
-    eval_interval: int = setting(None, "steps [an eighth of the run]", type=int, low=1)
+    eval_interval: int = setting(None, "steps [an eighth of the run]", low=1)
     eval_rows: int = setting(256, "held-out rows an evaluation; 0 is all", high=2**20)
     seed: int = setting(1337, "of weights, rows and answers")
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
@@ -314,7 +313,7 @@ def teacher_answers(teacher, prompts, train_set, cfg, world):
     os.makedirs(folder, exist_ok=True)
     paths = {i: os.path.join(folder, f"{i:07d}.json") for i in range(0, len(prompts), 64)}
     missing = world.agree([i for i, path in paths.items() if not os.path.exists(path)])
-    for i in tqdm(missing[world.rank :: world.size], "the teacher writes", disable=world.rank > 0):
+    for i in world.progress(missing[world.rank :: world.size], "the teacher writes"):
         lib.runs.write_json(paths[i], teacher.write(prompts[i : i + 64], cfg.tgt_len, i))
     world.agree(None)  # all are there
     return [ids for path in paths.values() for ids in read_json(path, list)]
@@ -344,7 +343,7 @@ def finetune(cfg, world, teacher, train_set, valid_set):
     log, begin, tokens = Log(cfg.out, 0, world), time.perf_counter(), 0
     interval = cfg.eval_interval or math.ceil(cfg.max_iters / 8)
     world.say(f"LoRA: {sum(p.numel() for p in params):,} parameters; {world.describe()}")
-    for step in tqdm(range(cfg.max_iters), unit="step", disable=log.quiet):
+    for step in world.progress(range(cfg.max_iters), unit="step"):
         # One step.
         optimizer.param_groups[0]["lr"] = cfg.lr * lr_share(step, cfg)
         torch.manual_seed((cfg.seed * 1_000_003 + step) * world.size + world.rank)
@@ -391,8 +390,7 @@ def main():
     teacher = kind(cfg, world)
     folders = dict(scratch=teacher.folder, resume=cfg.out)
     cfg.tokenizer = folders.get(cfg.init_from, cfg.init_from)
-    with world.first():  # one process tokenizes, the others read its files
-        train_set, valid_set = open_data(cfg, world.say, rows_a_step)
+    train_set, valid_set = open_data(cfg, world.say, rows_a_step)
     pairs = train_set.pairs
     mine, theirs = train_set.tokenizer, teacher.tokenizer
     if (mine.ranks, mine.eos) != (theirs.ranks, theirs.eos):
@@ -424,7 +422,7 @@ def main():
     world.say(f"the teacher reads {teacher.tokenizer.show(prompts[0])[-160:]!r}")
 
     stop, seconds, step = catch_signals(), [], state["step"]
-    bar = tqdm(total=cfg.max_iters, initial=step, unit="step", mininterval=0.5, disable=log.quiet)
+    bar = world.progress(total=cfg.max_iters, initial=step, unit="step")
     while True:
         # Evaluation and checkpoint.
         last = step == cfg.max_iters

@@ -822,14 +822,14 @@ class Settings:
         ("onnx", "hf", "run"),
     )
     tokenizer: str = setting(None, "run: a tokenizer.json, where none lies beside the weights")
-    n_enc: int = setting(None, "run: as an encoder-decoder, of so many layers", type=int, low=1)
-    n_dec: int = setting(None, "run: the same of its decoder", type=int, low=1)
+    n_enc: int = setting(None, "run: as an encoder-decoder, of so many layers", low=1)
+    n_dec: int = setting(None, "run: the same of its decoder", low=1)
     precision: str = setting(
         "fp32", "of the weights; with int4, an encoder is int8", ("fp32", "fp16", "int8", "int4")
     )
     static: bool = setting(False, "fixed shapes and plain operators, for compilers of NPUs")
-    src_len: int = setting(None, "static: longest source [as trained]", type=int, low=1, high=2**20)
-    tgt_len: int = setting(None, "static: slots of the decoder", type=int, low=4, high=2**20)
+    src_len: int = setting(None, "static: longest source [as trained]", low=1, high=2**20)
+    tgt_len: int = setting(None, "static: slots of the decoder", low=4, high=2**20)
     threads: int = setting(0, "CPU threads; 0 is the libraries' own choice", high=4096)
     json: str = setting(None, "write the report to this file")
 

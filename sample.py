@@ -28,7 +28,7 @@ class Settings:
     run: str = setting(None, "run folder, or one that export.py wrote [the newest run in out/]")
     prompt: str = setting(None, "the text to start from; \\n is a line break [standard input]")
     image: str = setting(None, "picture files, separated by commas, for runs of vision.py")
-    max_new_tokens: int = setting(None, "longest answer", type=int, low=1, high=2**20)
+    max_new_tokens: int = setting(None, "longest answer", low=1, high=2**20)
     temperature: float = setting(0.0, "0 takes the likeliest token", high=100)
     top_k: int = setting(0, "draw from the k likeliest tokens; 0 is all")
     top_p: float = setting(1.0, "draw from the fewest that hold this probability", low=1e-6, high=1)

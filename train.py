@@ -19,7 +19,6 @@ import time
 from dataclasses import dataclass, replace
 
 import torch
-from tqdm import tqdm
 
 from data.objectives import OBJECTIVES, count_tokens, examples
 from data.sets import open_data
@@ -37,9 +36,9 @@ class Settings:
     arch: str = setting("encdec", "encoder-decoder, or decoder-only", ("encdec", "dec"))
     preset: str = setting("nano", "size, with the defaults tuned for it", tuple(PRESETS))
     split: str = setting("2/3", "the encoder's share of the layers", ("1/3", "1/2", "2/3"))
-    n_enc: int = setting(None, "encoder layers, not --split", type=int, low=1, high=1024)
-    n_dec: int = setting(None, "decoder layers, not --split", type=int, low=1, high=1024)
-    cross_rope: bool = setting(None, "RoPE in cross-attention [on for tasks]", type=bool)
+    n_enc: int = setting(None, "encoder layers, not --split", low=1, high=1024)
+    n_dec: int = setting(None, "decoder layers, not --split", low=1, high=1024)
+    cross_rope: bool = setting(None, "RoPE in cross-attention [on for tasks]")
     objective: str = setting(None, "[span for encdec, causal for dec]", tuple(OBJECTIVES))
     data: str = setting(
         "pycode", "pycode, pycode-full, a task, a path, a Hub id; see data/tasks.py"
@@ -47,25 +46,25 @@ class Settings:
     source_col: str = setting(None, "tasks: column of the source [the task's, or source]")
     target_col: str = setting(None, "tasks: column of the target [the task's, or target]")
     tokenizer: str = setting("bpe", "bpe (trained on the data), gpt2, bytes, or a file or folder")
-    vocab_size: int = setting(None, "of a trained vocabulary [the preset's]", type=int, high=2**20)
-    src_len: int = setting(None, "source tokens a row [the preset's]", type=int, high=2**20)
-    tgt_len: int = setting(None, "target tokens a row", type=int, low=1, high=2**20)
+    vocab_size: int = setting(None, "of a trained vocabulary [the preset's]", high=2**20)
+    src_len: int = setting(None, "source tokens a row [the preset's]", high=2**20)
+    tgt_len: int = setting(None, "target tokens a row", low=1, high=2**20)
     init_from: str = setting("scratch", "scratch, resume (the run in --out), or a run folder")
     out: str = setting(None, "run folder [a new one in out/]")
-    max_iters: int = setting(None, "optimizer steps [as fit into --max_minutes]", type=int, low=1)
-    max_minutes: float = setting(None, "training time [the preset's]", type=float, low=1e-3)
-    batch_size: int = setting(None, "rows a forward pass", type=int, low=1, high=2**16)
+    max_iters: int = setting(None, "optimizer steps [as fit into --max_minutes]", low=1)
+    max_minutes: float = setting(None, "training time [the preset's]", low=1e-3)
+    batch_size: int = setting(None, "rows a forward pass", low=1, high=2**16)
     grad_accum: int = setting(1, "forward passes a step, on each device", low=1, high=2**16)
     optimizer: str = setting("muon", "of the matrices; the rest has AdamW", ("muon", "adamw"))
-    lr: float = setting(None, "peak learning rate of the matrices", type=float, high=100)
-    embed_lr: float = setting(None, "of embeddings, gains and biases", type=float, high=100)
+    lr: float = setting(None, "peak learning rate of the matrices", high=100)
+    embed_lr: float = setting(None, "of embeddings, gains and biases", high=100)
     weight_decay: float = setting(0.1, "of the matrices, times the learning rate", high=100)
-    warmup_iters: int = setting(None, "steps of linear warm-up, at most a tenth", type=int)
+    warmup_iters: int = setting(None, "steps of linear warm-up, at most a tenth")
     schedule: str = setting(None, "after it, down to zero", ("cosine", "linear"))
     dropout: float = setting(0.0, "of what each part of a block adds", high=0.99)
     word_dropout: float = setting(0.0, "share of the tokens hidden in training", high=0.99)
     label_smoothing: float = setting(0.0, "share of a target that all words get", high=0.99)
-    eval_interval: int = setting(None, "steps [an eighth of the run]", type=int, low=1)
+    eval_interval: int = setting(None, "steps [an eighth of the run]", low=1)
     eval_rows: int = setting(256, "held-out rows an evaluation; 0 is all", high=2**20)
     seed: int = setting(1337, "of weights and rows")
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
@@ -225,10 +224,10 @@ def steps_that_fit(seconds, step, time_s, cfg):
 
 
 def make_model(cfg, tokenizer):
-    """A new model, one with the weights of the run --init_from, or, for resume, an empty one."""
+    """A new model, one with the weights of the run --init_from, or of the run to resume."""
     drops = {name: getattr(cfg, name) for name in ("dropout", "word_dropout", "label_smoothing")}
     if cfg.init_from == "resume":
-        return Transformer.of_folder(cfg.out, **drops)
+        return Transformer.load(cfg.out, "model", **drops)
     if cfg.init_from == "scratch":
         ids = dict(pad_id=tokenizer.pad, bos_id=tokenizer.bos, eos_id=tokenizer.eos)
         ids |= dict(vocab_size=tokenizer.vocab_size, cross_rope=cfg.cross_rope)
@@ -262,8 +261,7 @@ def main():
 
     # Data, model, optimizers, run folder.
     rows_a_step = cfg.batch_size * cfg.grad_accum * world.size
-    with world.first():  # one process tokenizes, the others read its files
-        train_set, valid_set = open_data(cfg, world.say, rows_a_step)
+    train_set, valid_set = open_data(cfg, world.say, rows_a_step)
     torch.manual_seed(cfg.seed)
     model = world.place(make_model(cfg, train_set.tokenizer))
     optimizers = make_optimizers(model, cfg, world)
@@ -284,7 +282,7 @@ def main():
     world.say(f"{model.num_params():,} parameters; {rows_a_step} rows a step; {world.describe()}")
 
     stop, seconds, step = catch_signals(), [], state["step"]
-    bar = tqdm(total=cfg.max_iters, initial=step, unit="step", mininterval=0.5, disable=log.quiet)
+    bar = world.progress(total=cfg.max_iters, initial=step, unit="step")
     while True:
         # Evaluation and checkpoint.
         last = step == cfg.max_iters

@@ -38,7 +38,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from tqdm import tqdm
 
 import model as lm
 from data.images import CHOICES, FILE, VisionConfig, read_vision, token_orders
@@ -67,33 +66,33 @@ class Settings:
     stage: str = setting("task", "what is trained, see above", tuple(STAGES))
     data: str = setting(None, f"{', '.join(TASKS)}, TASK:PATH or a file [the stage's]")
     vision: str = setting("tiny", f"the tower: {', '.join(TOWERS)}, or hf:FOLDER_OR_ID")
-    image_size: int = setting(None, "side of the tower's input [the tower's]", type=int, low=1)
-    patch: int = setting(None, "side of a patch, in pixels [the tower's]", type=int, low=1)
-    grid: int = setting(None, "tiles a side at most [3]; 0: the thumbnail", type=int, high=64)
+    image_size: int = setting(None, "side of the tower's input [the tower's]", low=1)
+    patch: int = setting(None, "side of a patch, in pixels [the tower's]", low=1)
+    grid: int = setting(None, "tiles a side at most [3]; 0: the thumbnail", high=64)
     tokens: str = setting(None, "of the tiles that are read [all]", CHOICES["tokens"])
-    keep: float = setting(None, "share that stays [0.33]", type=float, low=1e-4, high=1)
+    keep: float = setting(None, "share that stays [0.33]", low=1e-4, high=1)
     look: str = setting(None, "the stack that looks at pictures [none]", CHOICES["look"])
     train_tower: bool = setting(False, "train a tower from a file, too")
     arch: str = setting("encdec", "encoder-decoder, or decoder-only", ("encdec", "dec"))
     preset: str = setting("nano", "size, with the defaults tuned for it", tuple(lm.PRESETS))
     split: str = setting("2/3", "the encoder's share of the layers", ("1/3", "1/2", "2/3"))
     tokenizer: str = setting("bpe", "bpe (trained on the data), gpt2, bytes, or a file or folder")
-    vocab_size: int = setting(None, "of a trained vocabulary", type=int, high=2**20)
-    src_len: int = setting(None, "source tokens a row, pictures included", type=int, high=2**20)
-    tgt_len: int = setting(None, "target tokens a row", type=int, low=1, high=2**20)
+    vocab_size: int = setting(None, "of a trained vocabulary", high=2**20)
+    src_len: int = setting(None, "source tokens a row, pictures included", high=2**20)
+    tgt_len: int = setting(None, "target tokens a row", low=1, high=2**20)
     init_from: str = setting("scratch", "scratch, resume (the run in --out), or a run folder")
     out: str = setting(None, "run folder [a new one in out/]")
-    max_iters: int = setting(None, "optimizer steps [as fit into --max_minutes]", type=int, low=1)
-    max_minutes: float = setting(None, "training time [the preset's]", type=float, low=1e-3)
-    batch_size: int = setting(None, "rows a forward pass", type=int, low=1, high=2**16)
+    max_iters: int = setting(None, "optimizer steps [as fit into --max_minutes]", low=1)
+    max_minutes: float = setting(None, "training time [the preset's]", low=1e-3)
+    batch_size: int = setting(None, "rows a forward pass", low=1, high=2**16)
     grad_accum: int = setting(1, "forward passes a step, on each device", low=1, high=2**16)
     optimizer: str = setting("muon", "of the matrices; the rest has AdamW", ("muon", "adamw"))
-    lr: float = setting(None, "peak learning rate of the matrices", type=float, high=100)
-    embed_lr: float = setting(None, "of embeddings, gains and biases", type=float, high=100)
+    lr: float = setting(None, "peak learning rate of the matrices", high=100)
+    embed_lr: float = setting(None, "of embeddings, gains and biases", high=100)
     weight_decay: float = setting(0.1, "of the matrices, times the learning rate", high=100)
-    warmup_iters: int = setting(None, "steps of linear warm-up, at most a tenth", type=int)
+    warmup_iters: int = setting(None, "steps of linear warm-up, at most a tenth")
     schedule: str = setting(None, "after it, down to zero", ("cosine", "linear"))
-    eval_interval: int = setting(None, "steps [an eighth of the run]", type=int, low=1)
+    eval_interval: int = setting(None, "steps [an eighth of the run]", low=1)
     eval_rows: int = setting(256, "held-out rows an evaluation; 0 is all", high=2**20)
     seed: int = setting(1337, "of weights and rows")
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
@@ -411,9 +410,9 @@ def choose_tower(cfg):
 
 
 def make_model(cfg, tokenizer, vision, tower_weights):
-    """A new model, one with the weights of the run --init_from, or, for resume, an empty one."""
+    """A new model, one with the weights of the run --init_from, or of the run to resume."""
     if cfg.init_from == "resume":
-        model = VisionLM.of_folder(cfg.out)
+        model = VisionLM.load(cfg.out, "model")
     elif cfg.init_from == "scratch":
         ids = dict(pad_id=tokenizer.pad, bos_id=tokenizer.bos, eos_id=tokenizer.eos)
         ids |= dict(vocab_size=tokenizer.vocab_size, src_len=cfg.src_len, tgt_len=cfg.tgt_len)
@@ -475,8 +474,7 @@ def main():
 
     # Data, model, optimizers, run folder.
     rows_a_step = cfg.batch_size * cfg.grad_accum * world.size
-    with world.first():  # one process tokenizes, the others read its files
-        train_set, valid_set = open_pictures(cfg, vision, world.say, rows_a_step)
+    train_set, valid_set = open_pictures(cfg, vision, world.say, rows_a_step)
     if vision.image_id < 0 and not vision.from_file:  # a new tower
         # Subtract the background; otherwise thin strokes drown in a constant.
         vision.mean = train_set.pairs.background() or vision.mean
@@ -503,7 +501,7 @@ def main():
     world.say(f"{model.num_params():,} parameters; {rows_a_step} rows a step; {world.describe()}")
 
     stop, seconds, step = catch_signals(), [], state["step"]
-    bar = tqdm(total=cfg.max_iters, initial=step, unit="step", mininterval=0.5, disable=log.quiet)
+    bar = world.progress(total=cfg.max_iters, initial=step, unit="step")
     while True:
         # Evaluation and checkpoint.
         last = step == cfg.max_iters

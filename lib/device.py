@@ -3,13 +3,10 @@ understand a training step."""
 
 import contextlib
 import ctypes
-import functools
-import math
 import os
 import shutil
 import signal
 import sys
-import time
 from datetime import timedelta
 
 import numpy as np
@@ -17,17 +14,16 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from tqdm import tqdm
 
-from lib.settings import UserError
+from lib.settings import UserError, progress
 from model import Attention, scaled_dot_product
 
 
 def start(cfg):
     """From the keys device, dtype, threads, seed and, where there is one, compile: the World."""
-    if cfg.threads > (os.cpu_count() or 1):
-        raise UserError(f"--threads={cfg.threads}: this machine has {os.cpu_count()} cores")
     if cfg.threads:
-        torch.set_num_threads(cfg.threads)
+        torch.set_num_threads(min(cfg.threads, os.cpu_count() or 1))
     keep_memory()
     torch.manual_seed(cfg.seed)
     return World(cfg)
@@ -50,11 +46,10 @@ class World:
             dist.init_process_group(backend, timeout=timedelta(days=2))
         self.dtype = find_dtype(cfg.dtype, self.device)
         wanted = getattr(cfg, "compile", "false")
-        minutes = getattr(cfg, "max_minutes", None) or 0
         # Compiling takes half a minute on a CPU, and trains 1.4 times as fast after that.
-        cpu_pays = self.device.type == "cpu" and minutes > 2 and shutil.which("g++") is not None
-        pays = self.device.type == "cuda" or cpu_pays
-        self.compile = wanted == "true" or (wanted == "auto" and pays)
+        long = (getattr(cfg, "max_minutes", None) or 0) > 2 and shutil.which("g++")
+        pays = self.device.type == "cuda" or (self.device.type == "cpu" and long)
+        self.compile = wanted == "true" or (wanted == "auto" and bool(pays))
 
     def autocast(self):
         """Around every forward pass."""
@@ -64,46 +59,33 @@ class World:
     def say(self, text):
         """A line on standard error, by the first process."""
         if self.rank == 0:
-            from tqdm import tqdm
-
             tqdm.write(text, file=sys.stderr)
+
+    def progress(self, rows=None, what=None, **more):
+        """lib.settings.progress, by the first process."""
+        return progress(rows, what, disable=self.rank > 0, **more)
 
     def place(self, model):
         """The model on this device, with the attention kernel that suits it."""
         return tune(model.to(self.device))
 
     def describe(self):
-        compiled = "compiled" if self.compile else "eager"
-        return (
-            f"{self.device}, {str(self.dtype)[6:]}, {compiled}, {torch.get_num_threads()} threads"
-        )
+        how, threads = "compiled" if self.compile else "eager", torch.get_num_threads()
+        return f"{self.device}, {str(self.dtype)[6:]}, {how}, {threads} threads"
 
     def rows(self, micro, batch_size):
         """Numbers in the global batch of the rows of this process's micro-batch."""
         first = (micro * self.size + self.rank) * batch_size
         return np.arange(first, first + batch_size)
 
-    @contextlib.contextmanager
-    def first(self):
-        """The first process goes through its body before the others do."""
-        if self.size > 1 and self.rank > 0:
-            dist.barrier()
-        yield
-        if self.size > 1 and self.rank == 0:
-            dist.barrier()
-
     def wait(self):
         """For the device to finish, so that a step can be timed."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        if self.device.type in ("cuda", "mps"):
+            torch.accelerator.synchronize()
 
     def sum(self, *numbers):
         """Sums of numbers over all processes."""
-        if self.size == 1:
-            return numbers
-        total = torch.tensor(numbers, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
-        return tuple(total.tolist())
+        return [sum(each) for each in zip(*self.gather(numbers))]
 
     def agree(self, value):
         """The first process's value, for all. Also waits for all."""
@@ -132,24 +114,16 @@ class World:
 
 
 def find_device(name):
-    """The torch.device of --device; auto takes CUDA, then MPS, then the CPU."""
-    kind = name
-    if kind == "auto":
-        mps = "mps" if torch.backends.mps.is_available() else "cpu"
-        kind = "cuda" if torch.cuda.is_available() else mps
-    try:
-        device = torch.device(kind)
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        if device.type not in ("cpu", "cuda", "mps"):
-            raise RuntimeError
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise UserError(
-            f"--device={name} cannot be used here (torch {torch.__version__}, CUDA available: "
-            f"{torch.cuda.is_available()}); use --device=cpu or auto"
-        ) from None
-    return device
+    """The torch.device of --device; auto takes CUDA, then MPS, then the CPU. On a machine with
+    several GPUs, each process has its own."""
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    others = ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    usable = gpus[int(os.environ.get("LOCAL_RANK", 0)) :] + others
+    wanted = (gpus or others)[0].split(":")[0] if name == "auto" else name
+    for device in usable:
+        if wanted in (device, device.split(":")[0]):
+            return torch.device(device)
+    raise UserError(f"--device={name} cannot be used here: use one of {', '.join(usable)}")
 
 
 def find_dtype(name, device):
@@ -163,19 +137,7 @@ def has_bf16(device):
     """Whether a device multiplies bfloat16 in hardware; emulated, it is slower than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type != "cpu":
-        return False
-    flags = cpu_flags()
-    return "avx512_bf16" in flags or "amx_bf16" in flags
-
-
-@functools.cache
-def cpu_flags():
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return frozenset(file.read().split())
-    except OSError:
-        return frozenset()
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
 def keep_memory():
@@ -215,10 +177,10 @@ def cpu_attention(q, k, v, mask, causal):
 
 def tune(model):
     """Chooses the attention kernel for the device that the model is on."""
-    fast = model.embed.weight.device.type == "cpu"
+    kernel = cpu_attention if model.embed.weight.is_cpu else scaled_dot_product
     for module in model.modules():
         if isinstance(module, Attention):
-            module.kernel = cpu_attention if fast else scaled_dot_product
+            module.kernel = kernel
     return model
 
 
@@ -227,14 +189,11 @@ def pack(model):
     decoder's matrices in the blocks that oneDNN reads fastest, 1.5 times the tokens/s. A packed
     model cannot be trained. Returns the model."""
     weight = model.embed.weight
-    bf16 = weight.dtype == torch.bfloat16 and has_bf16(weight.device)
-    if weight.device.type != "cpu" or not bf16:
-        return model
-    head = model.head or model.embed
-    for module in [*model.dec.modules()]:
-        if isinstance(module, nn.Linear):
-            module.forward = packed_linear(module.weight, module.bias)
-    model.logits = packed_linear(head.weight, None)
+    if weight.is_cpu and weight.dtype == torch.bfloat16 and has_bf16(weight.device):
+        for module in model.dec.modules():
+            if isinstance(module, nn.Linear):
+                module.forward = packed_linear(module.weight, module.bias)
+        model.logits = packed_linear((model.head or model.embed).weight, None)
     return model
 
 
@@ -272,43 +231,6 @@ def eager():
 def to_device(batch, device):
     """numpy arrays, or None -> tensors on a device, or None."""
     return [None if part is None else torch.from_numpy(part).to(device) for part in batch]
-
-
-# ----------------------------------------------------------------------------------------------
-# Speed
-
-
-def flops(cfg, src_len, tgt_len):
-    """FLOPs of one forward pass of a model with this Config over one row, a multiply-add counted as
-    two; training costs three times that. Causal attention is counted in full, as most papers do."""
-    C, look = cfg.n_embd, 4 * cfg.n_head * cfg.head_dim  # look: of one query at one key and value
-    queries, keys = C * look, 4 * C * cfg.n_kv_head * cfg.head_dim  # of one token
-    mlp = (6 if cfg.mlp == "swiglu" else 4) * C * cfg.n_hidden
-    enc = cfg.n_enc * src_len * (queries + keys + mlp + look * src_len)
-    dec = cfg.n_dec * tgt_len * (queries + keys + mlp + look * tgt_len)
-    if cfg.n_enc:
-        dec += cfg.n_dec * (src_len * keys + tgt_len * (queries + look * src_len))
-    return enc + dec + 2 * tgt_len * C * cfg.vocab_size
-
-
-@functools.cache
-def matmul_rate(device, dtype):
-    """What the device's matrix products reach, FLOP/s: the makers' figure for known GPUs, else
-    measured here."""
-    known = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}
-    known |= {"4090": 165e12, "3090": 71e12, "A6000": 155e12}
-    if device.type == "cuda" and dtype == torch.bfloat16:
-        name = torch.cuda.get_device_name(device)
-        for part, rate in known.items():
-            if part in name:
-                return rate
-    a = torch.randn(2048, 2048, device=device, dtype=dtype)
-    best = math.inf
-    for _ in range(4):
-        begin = time.perf_counter()
-        (a @ a)[0, 0].item()  # .item() waits for the device
-        best = min(best, time.perf_counter() - begin)
-    return 2 * 2048**3 / best
 
 
 def catch_signals():

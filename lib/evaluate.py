@@ -5,64 +5,48 @@ import math
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from data.metrics import score
-from data.objectives import fill_spans
 from data.sets import evenly
 from lib.device import to_device
 
 
 @torch.no_grad()
 def text_metrics(model, valid_set, n_rows, batch_size, world):
-    """val_loss, over all targets; text_loss, over those that are text; unigram, the entropy of
-    those tokens' own frequencies, which a model that ignores all context could reach; all in nats a
-    token; and bits per byte of the text."""
-    tokenizer = valid_set.tokenizer
-    length = [len(token) for token in tokenizer.ranks]
-    length = np.array(length + [0] * (tokenizer.vocab_size - len(length)))
-    counts, sums = np.zeros(len(length)), np.zeros(4)
+    """val_loss, over all targets, and text_loss, over those that are text, both in nats a token;
+    and bits per byte of that text."""
+    tokenizer, sums = valid_set.tokenizer, np.zeros(5)
     for number, batch in enumerate(valid_set.held_out(n_rows, batch_size)):
         if number % world.size != world.rank:
             continue
         src, tgt, loss_mask = to_device(batch, world.device)
         with world.autocast():
-            logits = model.logits(model.states(src, tgt))
-        nll = F.cross_entropy(logits.flatten(0, 1).float(), tgt.flatten(), reduction="none")
+            logits = model.logits(model.states(src, tgt)).flatten(0, 1).float()
+        nll = F.cross_entropy(logits, tgt.flatten(), reduction="none").view_as(tgt)
         # A tokenizer from elsewhere has its end-of-sequence among the ids of text.
         text = loss_mask & (tgt < tokenizer.n_text) & (tgt != tokenizer.eos)
-        ids, nll = tgt[text].cpu().numpy(), nll.view_as(tgt).double()
-        sums += [nll[loss_mask].sum().item(), loss_mask.sum().item(), nll[text].sum().item(), 0]
-        sums[3] += length[ids].sum()
-        counts += np.bincount(ids, minlength=len(counts))
-    totals = world.sum(*sums, *counts)
-    (all_nll, n_all, text_nll, n_bytes), counts = totals[:4], np.array(totals[4:])
-    share = counts[counts > 0] / max(1, counts.sum())
-    return dict(
-        val_loss=all_nll / max(1, n_all),
-        text_loss=text_nll / max(1, counts.sum()),
-        unigram=float(-(share * np.log(share)).sum()),
-        bits_per_byte=text_nll / max(1, n_bytes) / math.log(2),
-    )
+        n_bytes = len(tokenizer.bytes_of(tgt[text].tolist()))
+        for i, seen in ((0, loss_mask), (2, text)):
+            sums[i : i + 2] += nll[seen].sum().item(), seen.sum().item()
+        sums[4] += n_bytes
+    nll, n, text_nll, n_text, n_bytes = world.sum(*sums)
+    losses = dict(val_loss=nll / max(1, n), text_loss=text_nll / max(1, n_text))
+    return losses | dict(bits_per_byte=text_nll / max(1, n_bytes) / math.log(2))
 
 
 @torch.no_grad()
 def show_text(model, valid_set, world):
-    """What the model makes of one held-out row, for people."""
-    tokenizer, objective = valid_set.tokenizer, valid_set.objective
+    """One held-out row and the model's answer to it, for people."""
+    tokenizer = valid_set.tokenizer
     src, tgt, loss_mask = next(valid_set.held_out(1, 1))
     if src is None:  # decoder-only: what is before the first target; half of a causal row
         start = int(loss_mask[0].argmax())
-        prompt = tgt[0, : start if start > 1 else objective.window // 2].tolist()
+        prompt = tgt[0, : start if start > 1 else tgt.shape[1] // 2].tolist()
     else:
         prompt = src[0][src[0] != tokenizer.pad].tolist()
     with world.autocast():
         answer = [new[0] for new in model.generate([prompt], 64)]
-    if not any(id >= tokenizer.first_sentinel for id in prompt):
-        return f"{tokenizer.show(prompt[-64:])} >>> {tokenizer.decode(answer)}"
-    pieces = fill_spans(prompt, answer, tokenizer)
-    shown = [(tokenizer.show(ids), filled) for ids, filled in pieces]
-    return "".join(f"[[{text}]]" if filled else text for text, filled in shown)
+    return f"{tokenizer.show(prompt)} >>> {tokenizer.show(answer)}"
 
 
 @torch.no_grad()
@@ -88,9 +72,8 @@ def write_answers(model, pairs, rows, max_new_tokens, world, batch_size=128):
     weights at every step: that takes longer than the step."""
     order = sorted(rows, key=lambda row: len(pairs.sources[row]), reverse=True)
     groups = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    bar = tqdm(groups[world.rank :: world.size], "answering", leave=False, mininterval=0.5)
     found = {}
-    for group in bar:
+    for group in world.progress(groups[world.rank :: world.size], "answering", leave=False):
         prompts = [pairs.prompt(row) for row in group]
         steps = list(model.generate(prompts, max_new_tokens))
         for b, row in enumerate(group):

@@ -4,9 +4,9 @@ for checkpoints."""
 import contextlib
 import dataclasses
 import glob
+import itertools
 import json
 import os
-import platform
 import shutil
 import sys
 import tempfile
@@ -61,26 +61,20 @@ def lock_folder(folder, wait=False):
     return file
 
 
-def free_folder(name, chosen):
-    """`name` itself, which must be empty if the user has `chosen` it; else the first free one of
-    name, name-2, name-3."""
-    number, free = 1, name
-    while glob.glob(os.path.join(glob.escape(free), "*")):
-        if chosen:
-            raise UserError(
-                f"--out={name} is not empty: go on with --init_from=resume, or choose another"
-            )
-        number += 1
-        free = f"{name}-{number}"
-    return free
+def free_name(name):
+    """The first of name, name-2, name-3, ... that does not exist."""
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    return next(folder for folder in names if not os.path.exists(folder))
 
 
 def new_run(name, cfg, world, train_set, valid_set, **more):
     """Makes the folder of a new run, --out or one in out/ by this name, and returns it: run.json,
     the tokenizer, sample rows, and the source that runs."""
-    folder = None
+    folder = cfg.out
     if world.rank == 0:
-        folder = free_folder(cfg.out or os.path.join("out", name), cfg.out is not None)
+        folder = folder or free_name(os.path.join("out", name))
+        if glob.glob(os.path.join(glob.escape(folder), "*")):
+            raise UserError(f"--out={folder} is not empty: choose another, or --init_from=resume")
         os.makedirs(folder, exist_ok=True)
         world.lock = lock_folder(folder)
         write_run(folder, dataclasses.asdict(cfg), f"{train_set.hash} {valid_set.hash}", **more)
@@ -92,21 +86,23 @@ def new_run(name, cfg, world, train_set, valid_set, **more):
 def restore(folder, model, optimizers, train_set, valid_set, world):
     """Puts a checkpoint into model and optimizers and returns its state. UserError where the data
     is not what the run was begun with: it could not go on as if it had never stopped."""
+    import torch
+
     if world.rank == 0:
         world.lock = lock_folder(folder)
     if read_run(folder).get("corpus") != f"{train_set.hash} {valid_set.hash}":
-        raise UserError(
-            f"the data has changed since {folder} was begun, or lies on another machine: it "
-            "cannot be resumed exactly"
-        )
-    state = load_checkpoint(folder)
+        raise UserError(f"{folder} cannot be resumed exactly: its data has changed since, or moved")
+    path = os.path.join(folder, "train_state.pt")
+    if not os.path.isfile(path):
+        raise UserError(f"{folder} has no checkpoint to resume from: train_state.pt is missing")
     try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
         model.load_state_dict(state.pop("model"))
         for optimizer, saved in zip(optimizers, state.pop("optimizers"), strict=True):
             optimizer.load_state_dict(saved)
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder}/train_state.pt does not fit the run ({error})"[:300]) from None
-    return state
+        return state
+    except Exception as error:  # pickle, zipfile and torch raise their own kinds
+        raise UserError(f"{path} is truncated or of another run ({error})"[:300]) from None
 
 
 def write_run(folder, settings, corpus, **more):
@@ -116,17 +112,13 @@ def write_run(folder, settings, corpus, **more):
         os.makedirs(os.path.dirname(target), exist_ok=True)
         with replacing(target) as new:
             shutil.copyfile(os.path.join(ROOT, name), new)
-    machine = f"{platform.machine()}, {os.cpu_count()} cores"
-    about = dict(command=sys.argv, settings=settings, corpus=corpus)
-    about |= dict(python=platform.python_version(), machine=machine, **more)
+    about = dict(command=sys.argv, settings=settings, corpus=corpus, **more)
     write_json(os.path.join(folder, "run.json"), about)
 
 
 def read_run(folder):
     """What run.json holds: "settings", "corpus" and more. UserError if the folder is no run."""
     path = os.path.join(folder, "run.json")
-    if not os.path.exists(path):
-        raise UserError(f"{path} is missing: {folder} is no run folder")
     about = read_json(path)
     settings = about.get("settings")
     if type(settings) is not dict or type(settings.get("objective")) is not str:
@@ -143,10 +135,8 @@ def resumed(cfg, free):
     for name in given():
         value, was = getattr(cfg, name), getattr(old, name)
         if name not in free and value != was:
-            raise UserError(
-                f"--{name}={value} differs from the {was} that {cfg.out} was begun with; drop it, "
-                f"or begin a new run from its weights with --init_from={cfg.out}"
-            )
+            advice = f"drop it, or begin a new run with --init_from={cfg.out}"
+            raise UserError(f"--{name}={value} differs from the run's own {was}: {advice}")
         setattr(old, name, value)
     if old.tokenizer not in ("bpe", "gpt2", "bytes"):
         old.tokenizer = cfg.out  # its copy: the file it came from may be gone
@@ -156,10 +146,7 @@ def resumed(cfg, free):
 def newest_run():
     runs = glob.glob(os.path.join("out", "*", "model.safetensors"))
     if not runs:
-        raise UserError(
-            "there is no run in out/ yet: python train.py --arch=encdec makes one in minutes, "
-            "or name one with --run"
-        )
+        raise UserError("there is no run in out/ yet: name one, or make one with train.py")
     return os.path.dirname(max(runs, key=os.path.getmtime))
 
 
@@ -172,43 +159,26 @@ def save_model(folder, model, weights="model.safetensors", **metadata):
     with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=folder) as new:
         model.save(new, weights, **metadata)
         for name in os.listdir(new):
-            with open(os.path.join(new, name), "rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(os.path.join(new, name), os.path.join(folder, name))
+            with replacing(os.path.join(folder, name)) as whole:
+                os.replace(os.path.join(new, name), whole)
 
 
 def save_checkpoint(folder, model, optimizers, state, world):
-    """Writes train_state.pt, from which a run is resumed: weights, optimizers and `state`, whole or
-    not at all. Then model.safetensors with the same weights, which everything else loads."""
+    """Writes model.safetensors, which everything else loads, then train_state.pt, from which a run
+    is resumed: the same weights, the optimizers and `state`. Each is written whole or not at all;
+    where there is a train_state.pt, there is a model."""
     import torch
 
     if world.rank > 0:
         return
     state = dict(state, model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers])
     try:
+        save_model(folder, model, step=str(state["step"]))
         with replacing(os.path.join(folder, "train_state.pt")) as new:
             torch.save(state, new)
-        save_model(folder, model, step=str(state["step"]))
     except Exception as error:  # OSError, or what torch and safetensors make of one
-        raise UserError(
-            f"saving step {state['step']} to {folder} failed ({str(error).splitlines()[0]}): free "
-            "some space, then go on from the last checkpoint with --init_from=resume"
-        ) from None
-
-
-def load_checkpoint(folder):
-    """What save_checkpoint wrote: the dict `state` with "model" and "optimizers" added."""
-    import torch
-
-    path = os.path.join(folder, "train_state.pt")
-    if not os.path.isfile(path):
-        raise UserError(f"{folder} has no checkpoint to resume from (train_state.pt is missing)")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        state["step"], state["model"], state["optimizers"]
-        return state
-    except Exception:  # pickle, zipfile and torch raise their own kinds
-        raise UserError(f"{path} cannot be read: it is truncated or was altered") from None
+        what = f"saving step {state['step']} to {folder} failed ({str(error).splitlines()[0]})"
+        raise UserError(f"{what}: free some space, then --init_from=resume") from None
 
 
 def save_best(folder, model, step, world):
@@ -220,9 +190,7 @@ def save_best(folder, model, step, world):
 def is_better(new, best, metric):
     """Whether an evaluation beats the best one so far. Ties go to the lower loss: a metric that
     stays at zero must not keep the first weights."""
-    if best is None:
-        return True
-    return (new[metric], -new["val_loss"]) > (best[metric], -best["val_loss"])
+    return best is None or (new[metric], -new["val_loss"]) > (best[metric], -best["val_loss"])
 
 
 # ----------------------------------------------------------------------------------------------
@@ -240,42 +208,36 @@ class Log:
         path = os.path.join(folder, "log.jsonl")
         if os.path.isfile(path):
             with open(path, encoding="utf-8", errors="replace") as file:
-                self.rows = [row for row in map(log_row, file) if row]
-        self.rows = [row for row in self.rows if row["step"] < step + ("val_loss" in row)]
+                rows = [row for row in map(log_row, file) if row]
+            self.rows = [row for row in rows if row["step"] < step + ("val_loss" in row)]
         with replacing(path) as new, open(new, "w", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in self.rows)
         self.file = open(path, "a", encoding="utf-8")  # our own plain file, since the line above
 
     def add(self, row):
-        row = {key: round_off(value) for key, value in row.items()}
         if self.quiet:
             return
-        self.rows.append(row)
-        self.file.write(json.dumps(row) + "\n")
+        self.rows.append({key: round(value, 8) for key, value in row.items()})
+        self.file.write(json.dumps(self.rows[-1]) + "\n")
         self.file.flush()
 
     def plot(self, metric=None):
         """loss.png. With the name of a metric that evaluations have: its curve, on its own axis."""
         if self.quiet:
             return
-        import matplotlib
+        from matplotlib.figure import Figure
 
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-
-        figure, axes = plt.subplots(figsize=(7, 4))
+        figure = Figure(figsize=(7, 4))
+        axes = figure.subplots()
         right = axes.twinx() if metric else axes
-        curves = (axes, "loss"), (axes, "kd"), (axes, "val_loss"), (right, metric)
-        for number, (side, key) in enumerate(curves):
+        curves = (axes, "loss", ""), (axes, "kd", ""), (axes, "val_loss", "o"), (right, metric, "o")
+        for number, (side, key, marker) in enumerate(curves):
             points = [(row["step"], row[key]) for row in self.rows if key in row]
-            style = dict(lw=0.8, ms=3, marker="o" if number > 1 else None, color=f"C{number}")
-            if points:
-                side.plot(*zip(*points), label=key, **style)
+            side.plot(*zip(*points), lw=0.8, ms=3, marker=marker, color=f"C{number}", label=key)
         axes.set(xlabel="step", ylabel="loss, nats a target token")
         figure.legend(loc="upper center", ncols=4)
         with replacing(os.path.join(self.folder, "loss.png")) as new:
             figure.savefig(new, dpi=120)
-        plt.close(figure)
 
 
 def log_row(line):
@@ -284,9 +246,5 @@ def log_row(line):
         row = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    usable = type(row) is dict and type(row.get("step")) is int
-    return row if usable and all(type(x) in (int, float) for x in row.values()) else None
-
-
-def round_off(value):
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+    numbers = type(row) is dict and {*map(type, row.values())} <= {int, float}
+    return row if numbers and "step" in row else None

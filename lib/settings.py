@@ -1,88 +1,75 @@
-"""The command line, JSON files of strangers, and errors that a user can mend. Needs no torch."""
+"""The command line, JSON files of strangers, progress, and errors that a user can mend. Needs no
+torch."""
 
-import argparse
 import dataclasses
 import difflib
-import errno
 import json
-import math
 import os
-import stat
 import sys
+
+from tqdm import tqdm
+
+SWITCH = {"true": True, "1": True, "false": False, "0": False}
 
 
 class UserError(Exception):
     """Something the user can mend: one line that says what is wrong, where, and what to do."""
 
 
-def setting(default, help, choices=None, type=None, low=0, high=2**31 - 1):
+def setting(default, help, choices=None, low=0, high=2**31 - 1):
     """A field of a settings dataclass. A default of None means: decided later, as `help` says.
-    Numbers must lie from `low` to `high`, both included; a default of None needs a `type`."""
-    metadata = dict(help=help, choices=choices, type=type, low=low, high=high)
+    Numbers must lie from `low` to `high`, both included."""
+    metadata = dict(help=help, choices=choices, low=low, high=high)
     return dataclasses.field(default=default, metadata=metadata)
 
 
 def read_settings(kind, about, argv=None):
     """Fills the dataclass `kind` from --key=value or --key value. UserError for an unknown key, a
-    wrong type, a value out of bounds."""
-    argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(
-        description=about, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    for field in dataclasses.fields(kind):
-        add_key(parser, field)
-
-    def refuse(message):
-        raise UserError(message)
-
-    parser.error = refuse
-    known = [field.name for field in dataclasses.fields(kind)]
-    for key in given(argv):
-        if key not in known and key != "help":
-            near = difflib.get_close_matches(key, known, 1)
-            hint = f"did you mean --{near[0]}?" if near else "see --help for those there are"
-            raise UserError(f"unknown key --{key}: {hint}")
-    cfg = kind(**vars(parser.parse_args(argv)))
-    for field in dataclasses.fields(kind):
-        check_bounds(field, getattr(cfg, field.name))
-    return cfg
+    wrong type, a value out of bounds. --help prints `about` and every key, and leaves."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    fields, values = {f"--{field.name}": field for field in dataclasses.fields(kind)}, {}
+    if "--help" in words or "-h" in words:
+        print(about, *map(describe_key, fields.values()), sep="\n")
+        sys.exit(0)
+    while words:
+        key, equals, text = words.pop(0).partition("=")
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, 1)
+            hint = f"did you mean {near[0]}?" if near else "see --help for those there are"
+            raise UserError(f"unknown key {key}: {hint}")
+        if not equals and words and not words[0].startswith("--"):
+            text = words.pop(0)
+        elif not equals and fields[key].type is bool:
+            text = "true"  # --static is --static=true
+        values[key[2:]] = read_value(fields[key], text)
+    return kind(**values)
 
 
-def add_key(parser, field):
-    spec = field.metadata
-    of_default = str if field.default is None else type(field.default)
-    kind = spec["type"] or of_default
-    name = "|".join(map(str, spec["choices"])) if spec["choices"] else kind.__name__
-    shown = "" if field.default is None else f" [{field.default}]"
-    more = dict(nargs="?", const=True) if kind is bool else {}  # --static is --static=true
-    parser.add_argument(
-        f"--{field.name}",
-        metavar=name,
-        default=field.default,
-        type=read_bool if kind is bool else kind,
-        choices=spec["choices"],
-        help=f"{spec['help']}{shown}".replace("%", "%%"),
-        **more,
-    )
+def describe_key(field):
+    """A key's line of --help."""
+    default = "" if field.default is None else f" [{field.default}]"
+    name = f"--{field.name}={kinds_of(field)}"
+    return f"  {name:<32} {field.metadata['help']}{default}"
 
 
-def read_bool(text):
-    if text.lower() in ("true", "1", "yes", "on"):
-        return True
-    if text.lower() in ("false", "0", "no", "off"):
-        return False
-    raise ValueError(text)
+def kinds_of(field):
+    """What a key takes, for people."""
+    names = {bool: "true|false", int: "INTEGER", float: "NUMBER", str: "TEXT"}
+    return "|".join(field.metadata["choices"] or [names[field.type]])
 
 
-read_bool.__name__ = "true or false"  # argparse names the type in its messages
-
-
-def check_bounds(field, value):
-    if type(value) not in (int, float):
-        return
-    low, high = field.metadata["low"], field.metadata["high"]
-    if not math.isfinite(value) or not low <= value <= high:
-        raise UserError(f"--{field.name}={value} must be a number from {low} to {high}")
+def read_value(field, text):
+    """The value that a word of the command line means."""
+    low, high, choices = (field.metadata[name] for name in ("low", "high", "choices"))
+    try:
+        value = SWITCH[text.lower()] if field.type is bool else field.type(text)
+    except (KeyError, ValueError):
+        value = None
+    if value is None or (choices and value not in choices):
+        raise UserError(f"--{field.name}={text}: this key takes {kinds_of(field)}")
+    if field.type in (int, float) and not low <= value <= high:  # NaN is not either
+        raise UserError(f"--{field.name}={text} must be a number from {low} to {high}")
+    return value
 
 
 def given(argv=None):
@@ -94,16 +81,13 @@ def given(argv=None):
 def read_json(path, kind=dict, most_bytes=2**26):
     """The value in a JSON file, which must be of type `kind`. The file may come from a stranger:
     UserError for anything that is no plain file of a bounded size and depth."""
+    if not os.path.isfile(path):  # a pipe would wait for its writer
+        raise UserError(f"{path} is missing or no plain file")
+    if os.path.getsize(path) > most_bytes:
+        raise UserError(f"{path} has more than the {most_bytes:,} bytes that are read")
     try:
-        about = os.stat(path)
-        if not stat.S_ISREG(about.st_mode):
-            raise UserError(f"{path} is no plain file")
-        if about.st_size > most_bytes:
-            raise UserError(f"{path} has {about.st_size:,} bytes, at most {most_bytes:,} are read")
         with open(path, encoding="utf-8") as file:
             value = json.load(file)
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON ({type(error).__name__})") from None
     if type(value) is not kind:
@@ -119,28 +103,38 @@ def from_dict(kind, values, where):
     if unknown := sorted(values.keys() - fields.keys()):
         raise UserError(f"{where}: unknown field {unknown[0][:60]!r}")
     for name, field in fields.items():
-        if name not in values:
-            if field.default is dataclasses.MISSING:
-                raise UserError(f"{where}: the field {name} is missing")
-            continue
-        value = values[name]
+        value = values.get(name, field.default)
+        if value is dataclasses.MISSING:
+            raise UserError(f"{where}: the field {name} is missing")
         if value is None and field.default is None:
             continue
-        if field.type is float and type(value) is int and abs(value) < 2**53:
-            value = float(value)
-        if type(value) is not field.type:
-            raise UserError(f"{where}: {name} should be of type {field.type.__name__}")
-        if type(value) in (int, float) and not abs(value) < 2**53:
-            raise UserError(f"{where}: {name} is no usable number")
+        number = type(value) in (int, float)
+        fits = type(value) is field.type or (field.type is float and number)
+        if not fits or (number and not abs(value) < 2**53):
+            raise UserError(f"{where}: {name} should be a usable {field.type.__name__}")
     return kind(**values)
+
+
+class Lines:
+    """Standard error for a progress bar that no terminal shows: each state is a line."""
+
+    def write(self, text):
+        if text.strip():
+            print(text.strip(), file=sys.stderr)
+
+
+def progress(rows=None, what=None, **more):
+    """A tqdm bar that is redrawn at most twice a second. Where standard error is no terminal, it
+    is a line every ten seconds."""
+    if sys.stderr.isatty():
+        return tqdm(rows, what, mininterval=0.5, **more)
+    return tqdm(rows, what, mininterval=10, delay=10, file=Lines(), **more)
 
 
 def printable(text):
     """Text for a terminal: control characters are shown instead of obeyed, but for line breaks
     and tabs."""
-    return "".join(
-        c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape").decode() for c in text
-    )
+    return "".join(c if c in "\n\t" or c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def script(main):
@@ -157,9 +151,7 @@ def script(main):
         sys.stderr.close()
         sys.exit(141)
     except OSError as error:
-        no_space = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        advice = ": free some space and go on" if no_space else ""
-        message = f"{error.strerror or error} ({error.filename or 'a file'}){advice}"
+        message = f"{error.strerror or error} ({error.filename or 'a file'})"
     except Exception as error:
         # ModelError is known by its name, because importing model.py would import torch.
         if not isinstance(error, UserError) and type(error).__name__ != "ModelError":
