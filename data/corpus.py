@@ -10,12 +10,12 @@ import hashlib
 import itertools
 import json
 import os
-import re
 import sysconfig
 
 import numpy as np
 from tqdm import tqdm
 
+from data.records import is_hub_id, read_text, split_files, stream
 from data.tokenizer import load_tokenizer, train_tokenizer
 from lib.runs import lock_folder, replacing, write_json
 from lib.settings import UserError, read_json
@@ -26,9 +26,6 @@ SHARD = 2**26  # tokens
 VAL_EVERY = 20  # where a data set brings no held-out split, every 20th document is held out ...
 VAL_MOST = 2**22  # ... until there are this many tokens
 VOCAB_SAMPLE = 2**25  # characters that a vocabulary is trained on
-# What a file's ending says; anything else is plain text.
-KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
-HELD_OUT = {"val", "valid", "validation", "dev"}
 
 
 # ----------------------------------------------------------------------------------------------
@@ -65,74 +62,21 @@ def open_python(files, split):
                 yield file.read()
 
 
-def split_files(path):
-    """(split -> files of a path, their kind). Splits are told by the files' names: train, valid or
-    val, test. A file whose name tells nothing is training data."""
-    found = [path]
-    if os.path.isdir(path):
-        found = sorted(glob.glob(os.path.join(glob.escape(path), "**", "*"), recursive=True))
-    hidden = [name for name in found if os.path.basename(name).startswith(".")]
-    files = [name for name in found if os.path.isfile(name) and name not in hidden]
-    splits = {"train": [], "val": [], "test": []}
-    for name in files:
-        words = set(re.split(r"[^a-z]+", os.path.basename(name).lower()))
-        split = "test" if "test" in words else "train"
-        split = "val" if words & HELD_OUT else split
-        splits["train" if len(files) == 1 else split].append(name)
-    if not splits["train"]:
-        raise UserError(f"--data={path}: no training files there")
-    if not any(os.path.getsize(name) for name in splits["train"]):
-        raise UserError(f"--data={path}: {'the file is' if len(files) == 1 else 'all are'} empty")
-    kinds = {KINDS.get(os.path.splitext(name)[1].lower(), "text") for name in files}
-    if len(kinds) > 1:
-        raise UserError(f"--data={path}: keep one kind of files there, not {sorted(kinds)}")
-    return splits, kinds.pop()
-
-
-def open_rows(kind, files, columns=()):
-    """Rows, dicts, of local files, or of the Hub data set `kind` where `files` is the name of a
-    split; streamed through the `datasets` library. The columns named are texts as they stand: "NA"
-    and "42" too."""
-    import datasets
-
-    datasets.disable_progress_bars()
-    options = dict(split="train", streaming=True, data_files=files)
-    if kind in ("csv", "tsv"):
-        options |= dict(keep_default_na=False, converters=dict.fromkeys(columns, str))
-        options["sep"] = "," if kind == "csv" else "\t"
-    try:
-        if isinstance(files, str):
-            yield from datasets.load_dataset(kind, split=files, streaming=True)
-        else:
-            yield from datasets.load_dataset("csv" if kind == "tsv" else kind, **options)
-    except (ConnectionError, FileNotFoundError, datasets.exceptions.DatasetNotFoundError) as error:
-        raise UserError(
-            f"--data={kind} is no built-in name and no path here, and as a Hub data set it could "
-            f"not be reached ({type(error).__name__}); to use a local copy, pass its path"
-        ) from None
-    except Exception as error:  # the readers behind `datasets` raise their own kinds
-        first = str(error.__cause__ or error).splitlines() or [type(error).__name__]
-        raise UserError(f"reading {files} failed: {first[0][:300]}") from None
-
-
-def open_texts(kind, files):
-    """Texts that are not empty: whole files of plain text, or the column `text` of rows."""
+def open_texts(data, kind, files=None):
+    """Texts that are not empty: whole files of plain text, or the column `text` of a table."""
     if kind == "text":
-        for path in files:
-            try:
-                with open(path, encoding="utf-8", newline="") as file:  # \r stays
-                    yield file.read()
-            except UnicodeDecodeError as error:
-                raise UserError(f"{path} is not UTF-8 (at byte {error.start})") from None
+        yield from map(read_text, files)
         return
-    for row in open_rows(kind, files, ["text"]):
-        text = row.get("text", "")
-        if "text" not in row or not isinstance(text, str | None):
-            told = "is no text" if "text" in row else f"is not among {', '.join(map(str, row))}"
-            where = kind if isinstance(files, str) else files[0]
-            raise UserError(f"{where}: the column `text`, which is read, {told}")
-        if text:
-            yield text
+    for row in stream(kind, files, ["text"]):
+        if "text" not in row:
+            columns = ", ".join(map(str, row))
+            raise UserError(f"--data={data}: the column `text`, which is read, is not in {columns}")
+        if not isinstance(row["text"], str | None):
+            raise UserError(
+                f"--data={data}: the column `text` holds a {type(row['text']).__name__}"
+            )
+        if row["text"]:
+            yield row["text"]
 
 
 def held_out(documents, split):
@@ -167,13 +111,12 @@ def find_source(data):
         facts = [[os.path.abspath(f), os.path.getsize(f), os.stat(f).st_mtime_ns] for f in used]
         name = os.path.basename(os.path.abspath(data))
         if splits["val"]:
-            return name, [kind, facts], lambda split: open_texts(kind, splits[split])
+            return name, [kind, facts], lambda split: open_texts(data, kind, splits[split])
         rule = last_tenth if kind == "text" and len(used) == 1 else held_out
-        return name, [kind, facts], lambda split: rule(open_texts(kind, splits["train"]), split)
-    is_path = data.startswith((".", "/", "~")) or os.path.splitext(data)[1] in (*KINDS, ".txt")
-    if is_path or data.count("/") != 1:
+        return name, [kind, facts], lambda split: rule(open_texts(data, kind, used), split)
+    if not is_hub_id(data):
         raise UserError(f"--data={data}: no such file or folder, and no built-in name")
-    return data.replace("/", "--"), [data], lambda split: held_out(open_texts(data, "train"), split)
+    return data.replace("/", "--"), [data], lambda split: held_out(open_texts(data, data), split)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -199,10 +142,8 @@ def tokenize(folder, identity, open_split, tokenizer, vocab_size, log):
     log(f"tokenizing into {folder} (once)")
     path = os.path.join(folder, "tokenizer.json")
     if tokenizer is None and not os.path.exists(path):
-        sample = itertools.takewhile(Budget(VOCAB_SAMPLE), open_split("train"))
-        tokenizer = train_tokenizer(
-            tqdm(sample, desc="training the vocabulary", unit=" documents"), vocab_size
-        )
+        sample = tqdm(first(open_split("train"), VOCAB_SAMPLE), "training the vocabulary")
+        tokenizer = train_tokenizer(sample, vocab_size)
     if not os.path.exists(path):
         tokenizer.save(folder)
     tokenizer = load_tokenizer(path)
@@ -219,6 +160,15 @@ def tokenize(folder, identity, open_split, tokenizer, vocab_size, log):
     write_json(os.path.join(folder, "manifest.json"), manifest)
 
 
+def first(texts, characters):
+    """Texts until there are this many characters."""
+    for text in texts:
+        if characters <= 0:
+            return
+        characters -= len(text)
+        yield text
+
+
 def tokenize_split(folder, split, open_split, tokenizer):
     """Writes the shards of one split, going on behind the last finished one. Documents are
     separated by eos."""
@@ -229,44 +179,28 @@ def tokenize_split(folder, split, open_split, tokenizer):
     documents = itertools.islice(open_split(split), state["documents"], None)
     bar = tqdm(desc=f"tokenizing {split}", unit=" tokens", unit_scale=True, initial=state["tokens"])
     shard, size = [], 0
-
-    def finish():
-        nonlocal shard, size
-        name = os.path.join(folder, f"{split}-{state['shards']:05d}.bin")
-        with replacing(name) as new:
-            np.concatenate(shard).tofile(new)
-        state.update(shards=state["shards"] + 1, tokens=state["tokens"] + size)
-        write_json(state_path, state)
-        shard, size = [], 0
-
-    while texts := list(itertools.islice(documents, 64)):
+    while True:
+        texts = list(itertools.islice(documents, 64))
         for text, ids in zip(texts, tokenizer.encode_batch(texts)):
             shard.append(np.array([*ids, tokenizer.eos], dtype=token_type(tokenizer)))
             size += len(ids) + 1
             state["bytes"] += len(text.encode("utf-8", "replace"))
             bar.update(len(ids) + 1)
         state["documents"] += len(texts)
-        if size >= SHARD:
-            finish()
-    if size:
-        finish()
-    bar.close()
-    return state
+        if size >= SHARD or (size and not texts):
+            name = os.path.join(folder, f"{split}-{state['shards']:05d}.bin")
+            with replacing(name) as new:
+                np.concatenate(shard).tofile(new)
+            state.update(shards=state["shards"] + 1, tokens=state["tokens"] + size)
+            write_json(state_path, state)
+            shard, size = [], 0
+        if not texts:
+            bar.close()
+            return state
 
 
 def token_type(tokenizer):
     return np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-
-
-class Budget:
-    """True until the texts it has seen exceed `characters`."""
-
-    def __init__(self, characters):
-        self.left = characters
-
-    def __call__(self, text):
-        self.left -= len(text)
-        return self.left > -len(text)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -280,27 +214,19 @@ class Corpus:
         self.folder = folder
         self.manifest = read_json(os.path.join(folder, "manifest.json"))
         self.tokenizer = load_tokenizer(folder)
-        dtype = token_type(self.tokenizer)
-        self.splits = {
-            split: Tokens(
-                [
-                    np.memmap(path, dtype, "r")
-                    for path in sorted(
-                        glob.glob(os.path.join(glob.escape(folder), f"{split}-*.bin"))
-                    )
-                ]
-            )
-            for split in ("train", "val")
-        }
+        self.splits = {}
+        for split in ("train", "val"):
+            paths = sorted(glob.glob(os.path.join(glob.escape(folder), f"{split}-*.bin")))
+            shards = [np.memmap(path, token_type(self.tokenizer), "r") for path in paths]
+            self.splits[split] = Tokens(shards)
         self.hash = hashlib.sha256(json.dumps(self.manifest).encode()).hexdigest()[:12]
 
     def describe(self):
-        splits = self.manifest["splits"]
-        sizes = [
-            f"{split} {splits[split]['tokens']:,} tokens of {splits[split]['documents']:,} texts "
-            f"({splits[split]['bytes'] / 1e6:.1f} MB)"
-            for split in ("train", "val")
-        ]
+        sizes = []
+        for split, about in self.manifest["splits"].items():
+            texts, megabytes = about["documents"], about["bytes"] / 1e6
+            tokens = f"{split} {about['tokens']:,} tokens"
+            sizes.append(f"{tokens} of {texts:,} texts ({megabytes:.1f} MB)")
         return f"{self.folder}: {', '.join(sizes)}; vocabulary {self.tokenizer.vocab_size}"
 
 

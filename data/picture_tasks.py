@@ -1,32 +1,28 @@
 """Tasks whose sources have pictures, as rows and as batches. Needs no torch.
 
 A row is a dict with `source`, in which every <image> stands for a picture, `target`, `images` (a
-path, bytes, a drawing of data/pictures.py, or a place in a data set) and, where a question has
-several right answers, `answers`.
+path, a drawing of data/pictures.py, or a place in a data set) and, where a question has several
+right answers, `answers`.
 
 `--data` names a task that is drawn on the spot (shapes, docs, charts, tables), a data set of the
-paper from the Hub, TASK:PATH (a local copy with the same columns), or a .jsonl, .json, .csv or
-.parquet file with the columns image, source and target.
+paper from the Hub, TASK:PATH (a local copy with the same columns), or a .jsonl, .json, .csv, .tsv
+or .parquet file with the columns image, source and target.
 """
 
 import json
-import os
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
 from data import metrics
-from data.corpus import split_files
 from data.images import n_tokens, open_image, prepare_image, size_by_header
 from data.pictures import Drawn, picture_rows
-from data.sets import IMAGE, Pairs, TaskSet
-from data.tasks import hold_out, json_lines
-from data.tokenizer import load_tokenizer, train_tokenizer
-from lib.settings import UserError, read_json
+from data.sets import Pairs, TaskSet, task_tokenizer
+from data.tasks import IMAGE, Task, fill
+from lib.settings import UserError
 
 # ----------------------------------------------------------------------------------------------
 # Records of a data set -> rows. The columns are those of the published data sets.
@@ -72,30 +68,25 @@ def of_vqa(record):
     return asked(record, record["question"], target, answers=answers)
 
 
-@dataclass
-class PictureTask:
-    score: Callable  # of data/metrics.py
-    read: Callable | None = None  # record -> rows; None: drawn by data/pictures.py
-    hub: str | None = None  # where its records lie on the Hub
-    name: str = ""
-    splits: dict = field(default_factory=dict)
+def drawn(kind, score):
+    return Task(score, make=partial(picture_rows, kind))
 
 
 reading, vqa, anls = metrics.score_reading, metrics.score_vqa, metrics.score_anls
 TASKS = {
-    "shapes": PictureTask(metrics.score_exact),
-    "docs": PictureTask(reading),
-    "charts": PictureTask(metrics.score_worked),
-    "tables": PictureTask(reading),
-    "llava-pretrain": PictureTask(reading, of_conversation, "liuhaotian/LLaVA-Pretrain"),
-    "llava-instruct": PictureTask(reading, of_conversation, "liuhaotian/LLaVA-Instruct-150K"),
-    "ureader": PictureTask(anls, of_conversation, "Mizukiluke/ureader-instruction-1.0"),
-    "synthdog": PictureTask(reading, of_synthdog, "naver-clova-ix/synthdog-en"),
-    "chartqa": PictureTask(metrics.score_relaxed, of_chartqa, "HuggingFaceM4/ChartQA"),
-    "textvqa": PictureTask(vqa, of_vqa, "lmms-lab/textvqa"),
-    "vqav2": PictureTask(vqa, of_vqa, "HuggingFaceM4/VQAv2"),
-    "docvqa": PictureTask(anls, of_vqa, "HuggingFaceM4/DocumentVQA"),
-    "pictures": PictureTask(reading, of_pair),  # any file with the columns of one's own data
+    "shapes": drawn("shapes", metrics.score_plain),
+    "docs": drawn("docs", reading),
+    "charts": drawn("charts", metrics.score_worked),
+    "tables": drawn("tables", reading),
+    "llava-pretrain": Task(reading, "liuhaotian/LLaVA-Pretrain", read=of_conversation),
+    "llava-instruct": Task(reading, "liuhaotian/LLaVA-Instruct-150K", read=of_conversation),
+    "ureader": Task(anls, "Mizukiluke/ureader-instruction-1.0", read=of_conversation),
+    "synthdog": Task(reading, "naver-clova-ix/synthdog-en", read=of_synthdog),
+    "chartqa": Task(metrics.score_relaxed, "HuggingFaceM4/ChartQA", read=of_chartqa),
+    "textvqa": Task(vqa, "lmms-lab/textvqa", read=of_vqa),
+    "vqav2": Task(vqa, "HuggingFaceM4/VQAv2", read=of_vqa),
+    "docvqa": Task(anls, "HuggingFaceM4/DocumentVQA", read=of_vqa),
+    "pictures": Task(reading, columns=("image", "source", "target"), read=of_pair),  # one's own
 }
 
 
@@ -103,124 +94,11 @@ def is_picture_task(name):
     return name.split(":")[0] in TASKS
 
 
-# ----------------------------------------------------------------------------------------------
-# Where pictures lie
-
-
-@dataclass(frozen=True)
-class Held:
-    """A picture inside a data set of the `datasets` library, read when it is asked for."""
-
-    records: Any
-    column: str
-    number: int
-
-    def load(self):
-        value = self.records[self.number][self.column]
-        return value["bytes"] or value["path"] if isinstance(value, dict) else value
-
-    def __repr__(self):  # goes into the hash of the rows
-        return f"{self.column} {self.number} {getattr(self.records, '_fingerprint', '')}"
-
-
-def size_of(ref, where):
-    """(width, height) of an entry of a row's `images`, from its header where that is enough."""
-    if isinstance(ref, Drawn):
-        return ref.size()
-    ref = ref if isinstance(ref, str) else ref.load()
-    return size_by_header(ref) or open_image(ref, where).size
-
-
-def records_of(kind, splits, **options):
-    """The records that `datasets` loads, their pictures as Held: split -> records."""
-    import datasets
-
-    datasets.disable_progress_bars()
-    try:
-        found = datasets.load_dataset(kind, **options)
-    except Exception as error:  # the library and those below it raise their own kinds
-        why = str(error.__cause__ or error).split("\n")[0][:200]
-        raise UserError(f"{options.get('data_files', kind)} could not be read: {why}") from None
-
-    def records(part):
-        held = []
-        for name, kind in part.features.items():
-            if isinstance(kind, datasets.Image):
-                part = part.cast_column(name, datasets.Image(decode=False))
-                held.append(name)
-        for number, record in enumerate(part.remove_columns(held)):
-            yield record | {name: Held(part, name, number) for name in held}
-
-    return {splits[split]: records(found[split]) for split in splits if split in found}
-
-
-def from_path(path):
-    """(split, file, records) of each file of a path."""
-    splits, _ = split_files(path)
-    for split, file in [(name, file) for name in splits for file in splits[name]]:
-        kind = os.path.splitext(file)[1][1:].lower()
-        if kind == "json":  # LLaVA's: one list
-            records = read_json(file, list, 2**32)
-        elif kind == "jsonl":
-            records = json_lines(file)
-        elif kind in ("csv", "parquet"):
-            texts = dict.fromkeys(("image", "source", "target"), str)  # "42" stays a text
-            options = dict(keep_default_na=False, converters=texts) if kind == "csv" else {}
-            records = records_of(kind, dict(train=split), data_files=[file], **options)[split]
-        else:
-            raise UserError(f"{file}: rows with pictures come as .jsonl, .json, .csv or .parquet")
-        yield split, file, records
-
-
-def read_rows(records, read, where):
-    """Rows of records; UserError names the first that cannot be used."""
-    rows = []
-    for number, record in enumerate(records, 1):
-        try:
-            if isinstance(record, Exception):  # of a line that could not be read
-                raise record
-            rows += [check_row(row, where) for row in read(record)] if record is not None else []
-        except (ValueError, TypeError, AttributeError, LookupError) as error:
-            why = f"column {error} is missing" if isinstance(error, KeyError) else error
-            raise UserError(f"{where}, row {number} cannot be used: {why}") from None
-    return rows
-
-
-def check_row(row, where):
-    """The row; relative paths of its pictures begin at the folder of the file `where`."""
-    folder, images, source = os.path.dirname(where), row["images"], row["source"]
-    if not isinstance(source, str) or not isinstance(row["target"], str) or not row["target"]:
-        raise ValueError("its source or target is no text")
-    if any(not isinstance(ref, (str, Held)) for ref in images):
-        raise ValueError("its image is neither a path nor a picture")
-    if IMAGE not in source:
-        source = IMAGE * len(images) + source
-    if (n := source.count(IMAGE)) != len(images):
-        raise ValueError(f"its source has {n} {IMAGE} and it has {len(images)} pictures")
-    images = [os.path.join(folder, x) if isinstance(x, str) else x for x in images]
-    return row | dict(source=source, images=images)
-
-
-def load_picture_task(name):
-    """The PictureTask of --data with its rows; UserError for what is not there or of no use."""
+def load_picture_task(name, say=print):
+    """The Task of --data with its rows; UserError for what is not there or of no use."""
     kind, _, path = name.partition(":") if is_picture_task(name) else ("pictures", "", name)
     task = replace(TASKS[kind], name=kind, splits={})
-    if task.read is None:
-        if path:
-            raise UserError(f"--data={name}: {kind} is drawn on the spot and takes no path")
-        task.splits = picture_rows(kind)
-        return task
-    if os.path.exists(path):
-        parts = from_path(path)
-    elif path and (path.count("/") != 1 or path[0] in "./~" or os.path.splitext(path)[1]):
-        raise UserError(f"--data={name}: no such file, and none of {', '.join(TASKS)}")
-    else:  # test is left out: its answers are often hidden
-        hub = path or task.hub
-        found = records_of(hub, dict(train="train", validation="val", val="val"))
-        parts = [(split, hub, records) for split, records in found.items()]
-    for split, where, records in parts:
-        task.splits.setdefault(split, []).extend(read_rows(records, task.read, where))
-    return hold_out(task, name, lambda row: repr(row["images"]))
+    return fill(task, name, path, say, ("train", "val"))  # on the Hub, answers of test are hidden
 
 
 # ----------------------------------------------------------------------------------------------
@@ -229,18 +107,14 @@ def load_picture_task(name):
 
 def open_pictures(cfg, vision, say, n_rows):
     """(train_set, valid_set) of cfg.data; n_rows: rows of a step, of all passes and processes."""
-    task, sets = load_picture_task(cfg.data), []
-    if cfg.tokenizer == "bpe":
-        rows = list(task.splits["train"])
-        if cfg.data == "tables":  # the questions on the same charts come later
-            rows += picture_rows("charts", (500, 0, 0))["train"]
-        texts = (row[side].replace(IMAGE, "") for row in rows for side in ("source", "target"))
-        tokenizer = train_tokenizer(texts, cfg.vocab_size)
-    else:
-        tokenizer = load_tokenizer(cfg.tokenizer)
+    task, sets = load_picture_task(cfg.data, say), []
+    rows = task.splits["train"]
+    if cfg.data == "tables":  # the questions on the same charts come later
+        rows = rows + picture_rows("charts", (500, 0, 0))["train"]
+    tokenizer = task_tokenizer(cfg, rows, say)
     for split in ("train", "val"):
-        rows, lengths = task.splits[split], (cfg.src_len, cfg.tgt_len)
-        pairs = PicturePairs(rows, tokenizer, *lengths, cfg.arch == "dec", vision)
+        shape = tokenizer, cfg.src_len, cfg.tgt_len, cfg.arch == "dec"
+        pairs = PicturePairs(task.splits[split], *shape, vision)
         say(f"{task.name}, {split}: {pairs.describe()}")
         sets.append(PictureSet(task, pairs, n_rows, cfg))
     return sets
@@ -314,3 +188,11 @@ def encode_sources(texts, counts, tokenizer):
 def named(ref, row):
     """What a picture is called in messages."""
     return ref if isinstance(ref, str) else f"the picture of row {row + 1}"
+
+
+def size_of(ref, where):
+    """(width, height) of an entry of a row's `images`, from its header where that is enough."""
+    if isinstance(ref, Drawn):
+        return ref.size()
+    ref = ref if isinstance(ref, str) else ref.load()
+    return size_by_header(ref) or open_image(ref, where).size

@@ -15,11 +15,9 @@ import numpy as np
 from data.corpus import prepare
 from data.metrics import score
 from data.objectives import OBJECTIVES, make_batch, uniforms
-from data.tasks import load_task
+from data.tasks import IMAGE, SIDES, load_task
 from data.tokenizer import load_tokenizer, train_tokenizer
-from lib.settings import UserError
-
-IMAGE = "<image>"  # in a text: here stands a picture
+from lib.settings import UserError, given
 
 
 def open_data(cfg, say, n_rows):
@@ -29,7 +27,14 @@ def open_data(cfg, say, n_rows):
         return open_task(cfg, say, n_rows)
     corpus = prepare(cfg.data, cfg.tokenizer, cfg.vocab_size, say)
     say(corpus.describe())
+    tell_ignored(cfg, corpus.tokenizer, say)
     return tuple(TextSet(corpus, split, cfg) for split in ("train", "val"))
+
+
+def tell_ignored(cfg, tokenizer, say):
+    if cfg.tokenizer != "bpe" and "vocab_size" in given():
+        size = f"--tokenizer={cfg.tokenizer} has {tokenizer.vocab_size} ids"
+        say(f"--vocab_size={cfg.vocab_size} is ignored: {size}")
 
 
 class TextSet:
@@ -103,19 +108,23 @@ def as_samples(batch):
 
 
 def open_task(cfg, say, n_rows):
-    task = load_task(cfg.data, cfg.source_col, cfg.target_col, say=say)
-    train_rows = task.splits["train"]
-    if cfg.tokenizer == "bpe":
-        texts = (text for row in train_rows for text in (row["source"], row["target"]))
-        tokenizer = train_tokenizer(texts, cfg.vocab_size)
-    else:
-        tokenizer = load_tokenizer(cfg.tokenizer)
-    sets = []
+    task, sets = load_task(cfg.data, cfg.source_col, cfg.target_col, say), []
+    tokenizer = task_tokenizer(cfg, task.splits["train"], say)
     for split in ("train", "val"):
         pairs = Pairs(task.splits[split], tokenizer, cfg.src_len, cfg.tgt_len, cfg.arch == "dec")
         say(f"{task.name}, {split}: {pairs.describe()}")
         sets.append(TaskSet(task, pairs, n_rows, cfg))
     return sets
+
+
+def task_tokenizer(cfg, rows, say):
+    """--tokenizer, trained on these rows if it is bpe."""
+    if cfg.tokenizer == "bpe":
+        texts = (row[side].replace(IMAGE, "") for row in rows for side in SIDES)
+        return train_tokenizer(texts, cfg.vocab_size)
+    tokenizer = load_tokenizer(cfg.tokenizer)
+    tell_ignored(cfg, tokenizer, say)
+    return tokenizer
 
 
 class Pairs:

@@ -246,7 +246,7 @@ def test_tables_hold_out_every_twentieth_row_and_lose_none(tmp_path, kind):
     frame = frame.rename(columns=dict(text="body"))
     writers.get(kind, frame.to_csv)  # the old frame's
     (tmp_path / "other.jsonl").write_text(frame.to_json(orient="records", lines=True))
-    with pytest.raises(UserError, match="column `text`.*not among.*body"):
+    with pytest.raises(UserError, match="column `text`.*not in .*body"):
         quiet("other.jsonl", "bytes")
 
 
@@ -323,12 +323,12 @@ def test_python_source_is_split_by_file_without_copies():
 
 @pytest.mark.parametrize(
     "name, content, says",
-    [("d.jsonl", b"", "empty"), ("d.jsonl", b"{not json}\n", "failed"), ("d.txt", b"\xff", "UTF-8")]
+    [("d.jsonl", b"", "empty"), ("d.jsonl", b"{not json}\n", "could not be read"), ("d.txt", b"\xff", "UTF-8")]
     + [
-        ("d.jsonl", b'{"text": ' + b"[" * 200000 + b"}\n", "failed|column"),
+        ("d.jsonl", b'{"text": ' + b"[" * 200000 + b"}\n", "could not be read|column"),
         ("e/.x", b"", "no train"),
     ]
-    + [("d.jsonl", b'{"text": ' + b"9" * 6000 + b"}\n", "failed|column")],
+    + [("d.jsonl", b'{"text": ' + b"9" * 6000 + b"}\n", "could not be read|column")],
 )
 def test_broken_files(tmp_path, name, content, says):
     (tmp_path / "e").mkdir()
@@ -339,5 +339,5 @@ def test_broken_files(tmp_path, name, content, says):
 
 @pytest.mark.parametrize("name", ["nowhere.txt", "./nowhere", "pycodee", "someone/some-data"])
 def test_what_is_not_there_is_named(name):
-    with pytest.raises(UserError, match="could not be reached" if "some-" in name else name):
+    with pytest.raises(UserError, match="could not be loaded" if "some-" in name else name):
         quiet(name)

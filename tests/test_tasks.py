@@ -178,7 +178,7 @@ def test_other_scores():
     rows = [dict(target="width height"), dict(target="a b c")]
     f1 = pytest.approx(100 * (1 + 0.8) / 2)
     assert metrics.score_names(["height width", "a b"], rows) == dict(f1=f1, exact=40)
-    assert metrics.rouge(["a b"], ["a b c"])["rouge_l"] == pytest.approx(80)
+    assert metrics.score_text(["a b"], [dict(target="a b c")])["rouge_l"] == pytest.approx(80)
     with pytest.raises(UserError, match="1 predictions for 2 references"):
         metrics.score(TASKS["pairs"], ["x"], [dict(target="x")] * 2)
 
@@ -305,9 +305,9 @@ def test_bad_rows_are_named(case, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     "name, says",
-    [("squad", "could not be reached.*--data=squad:PATH"), ("translate", "needs a path")]
-    + [("someone/rows", "could not be reached.*--data=PATH"), ("xsum:nowhere", "no such file")]
-    + [("docstring:x", "takes no path")],
+    [("squad", "could not be loaded.*--data=TASK:PATH"), ("translate", "needs a path")]
+    + [("someone/rows", "could not be loaded.*--data=PATH"), ("xsum:nowhere", "no such file")]
+    + [("docstring:x", "without a path")],
 )
 def test_what_is_not_there(name, says):
     with pytest.raises(UserError, match=says):

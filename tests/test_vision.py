@@ -438,15 +438,15 @@ def test_own_data_is_held_out_by_picture_and_parquet_keeps_its_pictures(tmp_path
 
 
 BAD_ROWS = [("1.png", "<image> <image>", "x", "2 <image> and it has 1 pictures")]
-BAD_ROWS += [(3, "x", "x", "neither a path"), ("1.png", "x", 2, "no text")]
-BAD_ROWS += [("1.png", "x", None, "no text")]
+BAD_ROWS += [(3, "x", "x", "neither a path"), ("1.png", "x", 2, "not text")]
+BAD_ROWS += [("1.png", "x", None, "not text")]
 
 
 @pytest.mark.parametrize("image, source, target, words", BAD_ROWS)
 def test_rows_that_cannot_be_used_are_named(image, source, target, words):
     with open("bad.jsonl", "w") as file:
         file.write(json.dumps(dict(image=image, source=source, target=target)))
-    with pytest.raises(UserError, match=f"bad.jsonl, row 1 cannot be used: .*{words}"):
+    with pytest.raises(UserError, match=f"bad.jsonl: 1 of 1 rows cannot be used, .*{words}"):
         picture_tasks.load_picture_task("./bad.jsonl")
 
 
