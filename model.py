@@ -63,13 +63,14 @@ class Config:
 
     def check(self):
         """Returns itself; raises ModelError naming the first field that cannot work."""
-        least = dict(n_enc=0, src_len=0, pad_id=0, bos_id=-1, eos_id=0, rope_theta=0, norm_eps=0)
-        most = dict(n_enc=1024, n_dec=1024)  # layers; a stranger's file may say anything
+        least = dict(n_enc=0, src_len=0, pad_id=0, bos_id=-1, eos_id=0, norm_eps=0)
+        # A stranger's file may say anything.
+        most = dict(n_enc=256, n_dec=256, src_len=2**22, tgt_len=2**22, rope_theta=2**40)
         for field in fields(self):
             name, value = field.name, getattr(self, field.name)
             if type(value) is not field.type and (type(value), field.type) != (int, float):
                 raise ModelError(f"config: {name} should be of type {field.type.__name__}")
-            low, high = least.get(name, 1), most.get(name, 2**31)
+            low, high = least.get(name, 1), most.get(name, 2**20)
             if type(value) in (int, float) and not low <= value <= high:
                 raise ModelError(f"config: {name} must be from {low} to {high}")
         for wrong, what in (

@@ -36,8 +36,8 @@ class Settings:
     arch: str = setting("encdec", "encoder-decoder, or decoder-only", ("encdec", "dec"))
     preset: str = setting("nano", "size, with the defaults tuned for it", tuple(PRESETS))
     split: str = setting("2/3", "the encoder's share of the layers", ("1/3", "1/2", "2/3"))
-    n_enc: int = setting(None, "encoder layers, not --split", low=1, high=1024)
-    n_dec: int = setting(None, "decoder layers, not --split", low=1, high=1024)
+    n_enc: int = setting(None, "encoder layers, not --split", low=1, high=256)
+    n_dec: int = setting(None, "decoder layers, not --split", low=1, high=256)
     cross_rope: bool = setting(None, "RoPE in cross-attention [on for tasks]")
     objective: str = setting(None, "[span for encdec, causal for dec]", tuple(OBJECTIVES))
     data: str = setting(
