@@ -52,7 +52,7 @@ from train import TIMED, evaluate, lr_share, make_model, make_optimizers, steps_
 
 @dataclass
 class Settings:
-    teacher: str = setting(None, "a decoder-only run on the task, or hf:FOLDER_OR_ID")
+    teacher: str = setting("", "a decoder-only run on the task, or hf:FOLDER_OR_ID")
     student: str = setting("nano", "a preset, with --arch and --split, or a run to go on with")
     alpha: float = setting(0.5, "share of the divergence in the loss", high=1)
     tau: float = setting(1.0, "temperature that softens both distributions", low=1e-3, high=1e3)

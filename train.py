@@ -81,14 +81,15 @@ TIMED = (8, 40)  # the steps that --max_minutes measures; the first ones are slo
 def resolve(cfg):
     """Fills in what a run or the preset decides, and refuses what cannot work."""
     if cfg.init_from == "resume":
-        return resumed(cfg, FREE)
-    if cfg.init_from != "scratch":
+        cfg = resumed(cfg, FREE)
+    elif cfg.init_from != "scratch":
         parent, chosen = read_config(cfg.init_from), given()
         for name in ("arch", "preset", "split", "n_enc", "n_dec", "vocab_size", "tokenizer"):
             if name in chosen:
                 raise UserError(f"--{name} is decided by the run in --init_from: leave it out")
         cfg.arch = "encdec" if parent.n_enc else "dec"
-        cfg.preset = read_run(cfg.init_from)["settings"].get("preset", cfg.preset)
+        preset = read_run(cfg.init_from)["settings"].get("preset")
+        cfg.preset = preset if preset in [*PRESETS] else cfg.preset
         cfg.tokenizer = cfg.init_from
         cfg.cross_rope = parent.cross_rope if cfg.cross_rope is None else cfg.cross_rope
     wants_task = is_task(cfg.data) or cfg.source_col or cfg.target_col

@@ -109,14 +109,15 @@ LARGE_ROWS = dict(src_len=8192, tgt_len=256, batch_size=4)  # nine tiles of CLIP
 def resolve(cfg):
     """Fills in what a run or the preset decides, and refuses what cannot work."""
     if cfg.init_from == "resume":
-        return resumed(cfg, FREE)
+        cfg = resumed(cfg, FREE)
     if cfg.stage == "align" and cfg.init_from == "scratch":
         raise UserError("--stage=align needs --init_from=RUN, a trained model, and --vision=hf:...")
     decided, seen = [], read_vision(cfg.init_from)
-    if cfg.init_from != "scratch":
+    if cfg.init_from not in ("scratch", "resume"):
         decided += ["arch", "preset", "split", "vocab_size", "tokenizer"]
         cfg.arch = "encdec" if lm.read_config(cfg.init_from).n_enc else "dec"
-        cfg.preset = read_run(cfg.init_from)["settings"].get("preset", cfg.preset)
+        preset = read_run(cfg.init_from)["settings"].get("preset")
+        cfg.preset = preset if preset in [*lm.PRESETS] else cfg.preset
         cfg.tokenizer = cfg.init_from
     if seen or cfg.vision.startswith("hf:"):
         decided += ["vision"] * (seen is not None) + ["image_size", "patch"]

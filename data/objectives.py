@@ -181,6 +181,8 @@ def examples():
 def make_prompt(name, text, tokenizer, decoder_only):
     """Ids that a model trained with this objective is asked with: the encoder's source or,
     decoder-only, the beginning of the sequence."""
+    if name not in OBJECTIVES:
+        raise UserError(f"a run with the objective {name!r} has no prompts"[:200])
     ids = OBJECTIVES[name].prompt(text, tokenizer)
     if not ids:
         raise UserError("the prompt is empty")

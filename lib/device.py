@@ -16,7 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from lib.settings import UserError, progress
+from lib.settings import UserError, printable, progress
 from model import Attention, scaled_dot_product
 
 
@@ -59,7 +59,7 @@ class World:
     def say(self, text):
         """A line on standard error, by the first process."""
         if self.rank == 0:
-            tqdm.write(text, file=sys.stderr)
+            tqdm.write(printable(text), file=sys.stderr)
 
     def progress(self, rows=None, what=None, **more):
         """lib.settings.progress, by the first process."""

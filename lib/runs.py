@@ -57,7 +57,7 @@ def lock_folder(folder, wait=False):
     except BlockingIOError:
         raise UserError(f"{folder} is in use by another process: wait for it or stop it") from None
     for path in glob.glob(os.path.join(glob.escape(folder), UNFINISHED + "*")):
-        shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
+        shutil.rmtree(path, True) if os.path.isdir(path) else os.remove(path)
     return file
 
 
@@ -247,4 +247,5 @@ def log_row(line):
     except (ValueError, RecursionError):
         return None
     numbers = type(row) is dict and {*map(type, row.values())} <= {int, float}
-    return row if numbers and "step" in row else None
+    usable = numbers and all(abs(value) < 2**53 for value in row.values())
+    return row if usable and "step" in row else None

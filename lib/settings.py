@@ -108,9 +108,11 @@ def from_dict(kind, values, where):
             raise UserError(f"{where}: the field {name} is missing")
         if value is None and field.default is None:
             continue
+        spec = dict(low=-(2**53), high=2**53, choices=None) | field.metadata
         number = type(value) in (int, float)
         fits = type(value) is field.type or (field.type is float and number)
-        if not fits or (number and not abs(value) < 2**53):
+        fits = fits and (not number or spec["low"] <= value <= spec["high"])
+        if not fits or (spec["choices"] and value not in spec["choices"]):
             raise UserError(f"{where}: {name} should be a usable {field.type.__name__}")
     return kind(**values)
 
@@ -152,10 +154,12 @@ def script(main):
         sys.exit(141)
     except OSError as error:
         message = f"{error.strerror or error} ({error.filename or 'a file'})"
-    except Exception as error:
-        # ModelError is known by its name, because importing model.py would import torch.
-        if not isinstance(error, UserError) and type(error).__name__ != "ModelError":
+    except BaseException as error:
+        kind, message = type(error).__name__, " ".join(str(error).split())
+        full = isinstance(error, MemoryError | RuntimeError) and "memory" in (kind + message).lower()
+        # The last are known by their names, because their modules are not imported here.
+        if not (full or kind in ("UserError", "ModelError", "PanicException")):
             raise
-        message = " ".join(str(error).split())
+        message = f"not enough memory for this ({message[:200]})" if full else message
     print("error: " + printable(message), file=sys.stderr)
     sys.exit(2)
