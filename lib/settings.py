@@ -156,7 +156,7 @@ def script(main):
         message = f"{error.strerror or error} ({error.filename or 'a file'})"
     except BaseException as error:
         kind, message = type(error).__name__, " ".join(str(error).split())
-        full = isinstance(error, MemoryError | RuntimeError) and "memory" in (kind + message).lower()
+        full = isinstance(error, MemoryError | RuntimeError) and "memory" in f"{kind} {error}".lower()
         # The last are known by their names, because their modules are not imported here.
         if not (full or kind in ("UserError", "ModelError", "PanicException")):
             raise
