@@ -156,8 +156,8 @@ def script(main):
         message = f"{error.strerror or error} ({error.filename or 'a file'})"
     except BaseException as error:
         kind, message = type(error).__name__, " ".join(str(error).split())
-        full = isinstance(error, MemoryError | RuntimeError) and "memory" in f"{kind} {error}".lower()
-        # The last are known by their names, because their modules are not imported here.
+        full = kind == "MemoryError" or isinstance(error, RuntimeError) and "memory" in message
+        # Some are known by their names, because their modules are not imported here.
         if not (full or kind in ("UserError", "ModelError", "PanicException")):
             raise
         message = f"not enough memory for this ({message[:200]})" if full else message
