@@ -476,9 +476,10 @@ def main():
             loss.backward()
             loss_sum, kd_sum = loss_sum + loss.detach(), kd_sum + kd.detach() / m
             tokens += count_tokens(batch, pad)
-        loss, kd, tokens = map(float, world.sum(loss_sum.item(), kd_sum.item(), tokens))
         world.sum_gradients(params)
-        norm = torch.nn.utils.clip_grad_norm_(params, 1.0).item()
+        norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
+        loss, kd, norm = torch.stack((loss_sum, kd_sum, norm)).tolist()  # a step waits for its GPU
+        loss, kd, tokens = map(float, world.sum(loss, kd, tokens))
         if not math.isfinite(loss + norm):  # before it reaches a weight
             raise UserError(
                 f"the loss is {loss} and the norm of its gradient {norm} at step {step}; the last "
@@ -489,7 +490,6 @@ def main():
             optimizer.zero_grad(set_to_none=True)
 
         # What it took.
-        world.wait()
         seconds.append(time.perf_counter() - begin)
         log.add(
             dict(step=step, time_s=state["time_s"], tokens=state["tokens"], lr=cfg.lr * share)

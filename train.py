@@ -191,8 +191,7 @@ def make_optimizers(model, cfg, world):
     else:
         muon = Muon(hidden, cfg.lr, weight_decay=cfg.weight_decay, dtype=world.dtype)
         optimizers.append(muon)
-    fused = world.device.type in ("cuda", "cpu")
-    optimizers.append(torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, fused=fused))
+    optimizers.append(torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, fused=True))
     for title, members in ((cfg.optimizer, matrices), ("adamw", others)):
         kinds = {".".join("*" if x.isdigit() else x for x in n.split(".")) for n, _ in members}
         size = sum(p.numel() for _, p in members)
@@ -322,12 +321,13 @@ def main():
             loss.backward()
             loss_sum = loss_sum + loss.detach()
             targets, tokens = targets + int(batch[2].sum()), tokens + count_tokens(batch, pad)
-        loss_sum, targets, tokens = map(float, world.sum(loss_sum.item(), targets, tokens))
+        targets, tokens = map(float, world.sum(targets, tokens))
         world.sum_gradients(params)
         grads = [p.grad for p in params if p.grad is not None]
         torch._foreach_div_(grads, max(1.0, targets))
-        norm = torch.nn.utils.clip_grad_norm_(params, 1.0).item()
-        loss = loss_sum / max(1, targets)
+        norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
+        loss_sum, norm = torch.stack((loss_sum, norm)).tolist()  # here a step waits for its GPU
+        loss = world.sum(loss_sum)[0] / max(1, targets)
         if not math.isfinite(loss + norm):  # before it reaches a weight
             raise UserError(
                 f"the loss is {loss} and the norm of its gradient {norm} at step {step}; the last "
@@ -338,7 +338,6 @@ def main():
             optimizer.zero_grad(set_to_none=True)
 
         # What it took.
-        world.wait()
         seconds.append(time.perf_counter() - begin)
         log.add(
             dict(step=step, time_s=state["time_s"], tokens=state["tokens"], lr=cfg.lr * share)

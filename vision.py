@@ -544,12 +544,13 @@ def main():
             loss.backward()
             loss_sum = loss_sum + loss.detach()
             targets, tokens = targets + int(batch[2].sum()), tokens + count_tokens(batch, pad)
-        loss_sum, targets, tokens = map(float, world.sum(loss_sum.item(), targets, tokens))
+        targets, tokens = map(float, world.sum(targets, tokens))
         world.sum_gradients(params)
         grads = [p.grad for p in params if p.grad is not None]
         torch._foreach_div_(grads, max(1.0, targets))
-        norm = torch.nn.utils.clip_grad_norm_(params, 1.0).item()
-        loss = loss_sum / max(1, targets)
+        norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
+        loss_sum, norm = torch.stack((loss_sum, norm)).tolist()  # here a step waits for its GPU
+        loss = world.sum(loss_sum)[0] / max(1, targets)
         if not math.isfinite(loss + norm):  # before it reaches a weight
             raise UserError(
                 f"the loss is {loss} and the norm of its gradient {norm} at step {step}; the last "
@@ -560,7 +561,6 @@ def main():
             optimizer.zero_grad(set_to_none=True)
 
         # What it took.
-        world.wait()
         seconds.append(time.perf_counter() - begin)
         log.add(
             dict(step=step, time_s=state["time_s"], tokens=state["tokens"], lr=cfg.lr * share)

@@ -41,7 +41,7 @@ class World:
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")
         if self.size > 1 and not dist.is_initialized():
-            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
             # The others wait while the first process tokenizes, which can take hours.
             dist.init_process_group(backend, timeout=timedelta(days=2))
         self.dtype = find_dtype(cfg.dtype, self.device)
@@ -229,8 +229,12 @@ def eager():
 
 
 def to_device(batch, device):
-    """numpy arrays, or None -> tensors on a device, or None."""
-    return [None if part is None else torch.from_numpy(part).to(device) for part in batch]
+    """numpy arrays, or None -> tensors on a device, or None. A GPU fetches them from pinned memory,
+    which nobody waits for."""
+    tensors = [x if x is None else torch.from_numpy(x) for x in batch]
+    if device.type in ("cpu", "mps"):
+        return [x if x is None else x.to(device) for x in tensors]
+    return [x if x is None else x.pin_memory().to(device, non_blocking=True) for x in tensors]
 
 
 def catch_signals():
