@@ -156,7 +156,8 @@ def script(main):
         message = f"{error.strerror or error} ({error.filename or 'a file'})"
     except BaseException as error:
         kind, message = type(error).__name__, " ".join(str(error).split())
-        full = kind == "MemoryError" or isinstance(error, RuntimeError) and "memory" in message
+        full = isinstance(error, RuntimeError) and "memory" in message
+        full = full or isinstance(error, MemoryError)
         # Some are known by their names, because their modules are not imported here.
         if not (full or kind in ("UserError", "ModelError", "PanicException")):
             raise
