@@ -1,24 +1,32 @@
-"""sample.py: prompts, holes, streaming, beam search, attention, what a user can get wrong."""
+"""sample.py: prompts, holes, streaming, beams, attention, a race, what a user can get wrong."""
 
+import html
 import io
 import itertools
 import json
 import os
+import shutil
+import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY_DEC, TINY_ENC, call, one_line
+from PIL import Image
 from test_model import tiny
 
 import sample
 import train
+from data.images import VisionConfig
 from data.objectives import make_prompt
 from data.tokenizer import Tokenizer
+from lib.attention import draw
 from lib.runs import newest_run
 from model import Config, Transformer
-from sample import Printer, beam_search
+from sample import beam_search, text_of
+from vision import VisionLM
 
 BYTES = Tokenizer("bytes")
 
@@ -28,23 +36,13 @@ def talk(monkeypatch, capsys):
     return lambda *argv: call(sample.main, argv, monkeypatch, capsys)
 
 
-def make_run(folder, objective, arch="encdec"):
+def make_run(folder, objective, arch="encdec", vision=None):
     torch.manual_seed(0)
     layers = dict(n_enc=1, n_dec=1) if arch == "encdec" else dict(n_enc=0, src_len=0, n_dec=2)
-    Transformer(
-        Config(
-            vocab_size=BYTES.vocab_size,
-            n_embd=32,
-            n_head=2,
-            n_kv_head=1,
-            head_dim=16,
-            n_hidden=32,
-            pad_id=BYTES.pad,
-            bos_id=BYTES.bos,
-            eos_id=BYTES.eos,
-            **layers,
-        )
-    ).save(folder)
+    shape = dict(n_embd=32, n_head=2, n_kv_head=1, head_dim=16, n_hidden=32)
+    ids = dict(vocab_size=BYTES.vocab_size, pad_id=BYTES.pad, bos_id=BYTES.bos, eos_id=BYTES.eos)
+    config = Config(**layers, **shape, **ids)
+    (VisionLM(config, vision) if vision else Transformer(config)).save(folder)
     BYTES.save(folder)
     with open(os.path.join(folder, "run.json"), "w") as f:
         json.dump({"settings": {"objective": objective}}, f)
@@ -59,30 +57,29 @@ def test_holes_become_sentinels():
 
 
 @pytest.mark.parametrize(
-    "answer, printed",
+    "answer, so_far, done",
     [
-        ([0, b"xy", 1, b"z"], "axybzc\n"),
-        ([0, b"xy"], "axyb<mask>c\n"),
-        ([1, b"z"], "a<mask>bzc\n"),
-        ([], "a<mask>b<mask>c\n"),
-        ([1, b"z", 0, b"xy"], "a<mask>bzxyc\n"),
+        ([0, b"xy", 1, b"z"], "axybz", "axybzc"),
+        ([0, b"xy"], "axy", "axyb<mask>c"),
+        ([1, b"z"], "a<mask>bz", "a<mask>bzc"),
+        ([], "", "a<mask>b<mask>c"),
+        ([1, b"z", 0, b"xy"], "axybz", "axybzc"),
     ],
 )
-def test_the_printer_fills_holes_as_they_come(capsys, answer, printed):
-    printer = Printer(make_prompt("span", "a<mask>b<mask>c", BYTES, False), BYTES)
-    for part in answer:
-        for id in [BYTES.sentinel(part)] if isinstance(part, int) else part:
-            printer.add(id)
-    printer.finish()
-    assert capsys.readouterr().out == printed
+def test_holes_are_filled_as_they_come(answer, so_far, done):
+    prompt = make_prompt("span", "a<mask>b<mask>c", BYTES, False)
+    talk = SimpleNamespace(tokenizer=BYTES, prompt=prompt, objective="span")
+    parts = [[BYTES.sentinel(x)] if isinstance(x, int) else list(x) for x in answer]
+    ids = [i for part in parts for i in part]
+    assert (text_of(talk, ids, done=False), text_of(talk, ids)) == (so_far, done)
 
 
 def test_streamed_characters_are_never_cut_and_control_characters_are_shown(capsys):
-    printer = Printer(make_prompt("causal", "x", BYTES, True), BYTES)
-    for byte in "größer 🙂\x1b[2J".encode():
-        printer.add(byte)
-    printer.finish()
-    assert capsys.readouterr().out == "größer 🙂\\x1b[2J\n"
+    talk, shown = SimpleNamespace(tokenizer=BYTES, prompt=[], objective="causal"), ""
+    ids = list("größer 🙂\x1b[2J".encode())
+    for n in range(1, len(ids) + 1):
+        shown = sample.show(text_of(talk, ids[:n], done=n == len(ids)), shown)
+    assert capsys.readouterr().out == "größer 🙂\\x1b[2J"
 
 
 @pytest.mark.parametrize(
@@ -214,20 +211,143 @@ def test_a_task_run_prints_its_answer_alone(talk):
     assert outs[0] == outs[1] and "question" not in outs[0]
 
 
+@pytest.mark.parametrize("arch, bos", [("encdec", 1), ("dec", 1), ("dec", -1)])
+def test_attention_is_what_the_model_computes(arch, bos):
+    """The kernel that keeps its weights gives the same states. A source token whose weight is zero
+    everywhere may change without changing the answer's probabilities."""
+    source, answer = [5, 6, 7, 8, 9], [10, 11, 12]
+    model = tiny(arch, cross_rope=arch == "encdec", bos_id=bos)
+    both = torch.tensor([(arch == "dec") * source + answer])
+    before = model.logits(model.states(torch.tensor([source]), both))[0, -3:].softmax(-1)
+    weights, probs = sample.attention_weights(model, source, answer)
+    assert np.allclose(probs, before.detach().numpy(), atol=1e-5)
+    layers = model.config.n_dec
+    assert weights.shape == (layers, model.config.n_head, 3, 5) and (weights > 0).all()
+    sums = weights.sum(-1)
+    if arch == "encdec":
+        assert np.allclose(sums, 1, atol=1e-5)
+    else:  # the first answer token is predicted where the prompt ends
+        assert np.allclose(sums[..., 0, :] if sums.ndim > 3 else sums[..., 0], 1) == (bos < 0)
+        assert (sums[..., 1:] < 1).all()
+
+
 @pytest.mark.parametrize("arch", ["encdec", "dec"])
-def test_attention_is_what_the_model_computes(talk, arch):
-    """The kernel that keeps its weights gives the same states, and its weights sum to 1."""
-    model, source, answer = tiny(arch, cross_rope=arch == "encdec"), [5, 6, 7, 8, 9], [10, 11, 12]
-    encdec = arch == "encdec"
-    args = (
-        torch.tensor([source]) if encdec else None,
-        torch.tensor([(not encdec) * source + answer]),
+def test_pictures_are_read_and_shown(talk, arch):
+    shape = dict(n_layer=1, n_embd=16, n_head=2, n_hidden=16)
+    vision = VisionConfig(image_size=16, patch=8, grid=2, image_id=BYTES.image, **shape)
+    make_run("out/a", "seq2seq", arch, vision)
+    Image.new("RGB", (30, 20), "red").save("red.png")
+    words = ["--prompt=What?", "--image=red.png", "--max_new_tokens=4"]
+    more = ["--show_attention=a.html", "--show_tokens=tokens.png"]
+    status, first, err = talk(*words, *more)
+    assert status == 0 and Image.open("tokens.png").size == (32, 21), err
+    assert first == talk(*words, "--beams=1")[1]
+    status, out, _ = talk(*words, "--num_samples=2", "--temperature=1")
+    assert status == 0 and out.count("-" * 80) == 2
+    data = page_data("a.html")
+    n = len(data["pictures"][0]["order"])
+    assert n == sum(data["source"][i] == ["<image>", True] for i in range(n)) > 8
+    assert data["decoder_only"] == (arch == "dec")
+    for wrong in (["--prompt=<image><image>"], ["--image=none.png"]):
+        status, _, err = talk(*words, *wrong)
+        assert status == 2 and one_line(err)
+    if shutil.which("chromium"):
+        bright = in_browser(
+            "a.html",
+            """
+            const canvas = document.querySelector("canvas");
+            out.seen = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height)
+                .data.filter((value, i) => i % 4 === 3 && value > 0).length / canvas.width;""",
+        )
+        assert bright["seen"] > 50
+
+
+def page_data(path):
+    with open(path, encoding="utf-8") as file:
+        page = file.read()
+    return json.loads(page.split('<script type="application/json" id="data">')[1].split("</s")[0])
+
+
+def in_browser(path, script):
+    """Runs a script on a loaded page; what it puts into `out` comes back."""
+    with open(path, encoding="utf-8") as file:
+        page = file.read()
+    with open("hooked.html", "w", encoding="utf-8") as file:
+        result = "add(document.body, 'pre', JSON.stringify(out)).id = 'result';"
+        hook = f"addEventListener('load', () => {{ const out = {{}}; {script} {result} }});"
+        file.write(f"{page}<script>{hook}</script>")
+    words = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+    words += [
+        f"--user-data-dir={os.path.abspath('profile')}",
+        f"file://{os.path.abspath('hooked.html')}",
+    ]
+    dom = subprocess.run(words, capture_output=True, text=True, timeout=120).stdout
+    return json.loads(html.unescape(dom.split('id="result">')[1].split("</pre>")[0]))
+
+
+HOSTILE = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>"
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
+def test_a_page_of_a_thousand_tokens_in_a_browser():
+    """Token t of the answer looks at source token t, in the second layer at the one before."""
+    n, weights = 1000, np.full((2, 2, 1000, 1000), 1e-4, np.float32)
+    weights[0, :, range(n), range(n)] = 0.9
+    weights[1, :, range(n), np.arange(n) - 1] = 0.5
+    source, answer = list((HOSTILE * 20).encode()[:n]), list(b"abc\n " * 200)
+    probs = np.full((n, BYTES.vocab_size), 1e-3)
+    probs[range(n), answer] = 0.7
+    draw("a.html", weights, probs, source, answer, BYTES, run="r", decoder_only=False, pictures=[])
+    out = in_browser(
+        "a.html",
+        """
+        const spans = document.querySelectorAll("#answer .token");
+        const lit = () => [...document.querySelectorAll("#source .top")].map(
+            span => [...document.querySelectorAll("#source .token")].indexOf(span));
+        const key = name => document.dispatchEvent(new KeyboardEvent("keydown", {key: name}));
+        const over = t => spans[t].dispatchEvent(new PointerEvent("pointerover", {bubbles: true}));
+        const begin = performance.now();
+        over(500);
+        getComputedStyle(document.querySelectorAll("#source .token")[500]).backgroundColor;
+        out.ms = performance.now() - begin;
+        out.hover = lit();
+        out.likely = document.querySelector("#likely .chosen").textContent;
+        document.querySelector("#answer").dispatchEvent(new PointerEvent("pointerleave"));
+        spans[7].click();
+        key("ArrowRight");
+        out.right = [lit(), document.activeElement.dataset.t, spans[8].getAttribute("aria-label")];
+        for (const _ of "123") key("ArrowDown");
+        out.down = [lit(), document.querySelector("#layer").value];
+        key("End");
+        out.end = document.activeElement.getAttribute("aria-selected") + document.activeElement.dataset.t;
+        out.source = document.querySelector("#source").textContent;
+        out.hacked = window.hacked === 1 || document.querySelectorAll("img").length;""",
     )
-    before = model.states(*args)
-    weights = sample.attention_weights(model, source, answer)
-    assert torch.allclose(model.states(*args), before, atol=1e-5)
-    assert weights.shape == (3, 5)
-    assert (abs(weights.sum(1) - 1) < 1e-5).all() if encdec else (weights.sum(1) < 1).all()
-    make_run("out/a", "seq2seq", arch)
-    status, _, err = talk("--prompt=a $x$ b", "--max_new_tokens=4", "--show_attention=a.png")
-    assert status == 0 and os.path.getsize("a.png") > 1000, err
+    assert out["ms"] < 1000 and out["hover"] == [500]
+    assert out["likely"] == "a70%" and out["right"][:2] == [[8], "8"]
+    assert out["right"][2] == "token 9 of 1000, ↵, probability 70%"
+    assert out["down"] == [[7], "1"] and out["end"] == "true999"
+    assert out["source"].startswith(HOSTILE) and not out["hacked"]
+
+
+def test_a_race(talk):
+    make_run("out/a", "span")
+    make_run("out/b", "causal", "dec")
+    words = ["--run=out/a", "--race=out/b", "--prompt=x<mask>y", "--max_new_tokens=6"]
+    status, out, err = talk(*words)
+    assert status == 0 and out.index("out/a") < out.index("out/b") and "\x1b" not in out, err
+    assert out.count(" tokens/s") == 2
+    alone = talk("--run=out/b", *words[2:])[1]
+    assert out.endswith(alone)
+
+
+def test_a_race_on_a_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(sample.os, "get_terminal_size", lambda: (43, 10))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    lanes = dict(tokenizer=BYTES, prompt=[], objective="causal", times=[0.5, 1.0, 1.5], clock=1.5)
+    left = SimpleNamespace(run="left", answer=list(b"x" * 30 + b"\nend"), **lanes)
+    right = SimpleNamespace(run="right", answer=list(b"z"), **lanes)
+    assert sample.draw_race([left, right], 7, done=True) == 5
+    out = capsys.readouterr().out
+    assert out.startswith("\x1b[7A\x1b[J" + "left".ljust(20) + " | right\n")
+    assert "x" * 20 + " | z\n" + ("x" * 10).ljust(20) + " | \n" in out
