@@ -227,7 +227,7 @@ def make_model(cfg, tokenizer):
     """A new model, one with the weights of the run --init_from, or of the run to resume."""
     drops = {name: getattr(cfg, name) for name in ("dropout", "word_dropout", "label_smoothing")}
     if cfg.init_from == "resume":
-        return Transformer.load(cfg.out, "model", **drops)
+        return Transformer.load(cfg.out, "model.safetensors", **drops)
     if cfg.init_from == "scratch":
         ids = dict(pad_id=tokenizer.pad, bos_id=tokenizer.bos, eos_id=tokenizer.eos)
         ids |= dict(vocab_size=tokenizer.vocab_size, cross_rope=cfg.cross_rope)

@@ -413,7 +413,7 @@ def choose_tower(cfg):
 def make_model(cfg, tokenizer, vision, tower_weights):
     """A new model, one with the weights of the run --init_from, or of the run to resume."""
     if cfg.init_from == "resume":
-        model = VisionLM.load(cfg.out, "model")
+        model = VisionLM.load(cfg.out, "model.safetensors")
     elif cfg.init_from == "scratch":
         ids = dict(pad_id=tokenizer.pad, bos_id=tokenizer.bos, eos_id=tokenizer.eos)
         ids |= dict(vocab_size=tokenizer.vocab_size, src_len=cfg.src_len, tgt_len=cfg.tgt_len)
