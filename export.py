@@ -23,7 +23,7 @@ import inspect
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import onnx
@@ -34,12 +34,57 @@ from data.objectives import OBJECTIVES, make_batch, uniforms
 from data.tokenizer import load_tokenizer
 from lib import weights
 from lib.runs import newest_run, read_run, write_json
-from lib.runtime import FILE, SHAPE, Exported, Static, is_export
+from lib.runtime import FILE, About, Exported, Static, is_export
 from lib.settings import UserError, read_json, read_settings, script, setting
 from model import Transformer, shift_right
 
 MS = "com.microsoft"
 CHUNK = 128  # tokens of its prompt that a static decoder-only graph reads at a time
+PRECISIONS = ("fp32", "fp16", "int8", "int4")
+REPORT = """{params:,} parameters in {bytes:,} bytes; on {rows} held-out rows {text}:
+    loss {loss:.4f}, torch {torch_loss:.4f} ({loss_change:+.2%})
+    largest logit difference {logit_difference:.2g}, logits up to {largest_logit:.3g}
+    {agreement:.1%} of torch's greedy tokens"""
+
+
+@dataclass
+class Settings:
+    run: str = setting(None, "run folder [newest in out/]; hf:FOLDER_OR_ID or mu:FILE for run")
+    out: str = setting(None, "folder to write [the run's name and the precision, or -hf]")
+    format: str = setting("onnx", "or hf, for `transformers`, or run", ("onnx", "hf", "run"))
+    tokenizer: str = setting(None, "run: a tokenizer.json, where none lies beside the weights")
+    n_enc: int = setting(None, "run: as an encoder-decoder, of so many layers", low=1)
+    n_dec: int = setting(None, "run: the same of its decoder", low=1)
+    precision: str = setting("fp32", "of the weights; an encoder has at least int8", PRECISIONS)
+    static: bool = setting(False, "fixed shapes and plain operators, for compilers of NPUs")
+    src_len: int = setting(None, "static: longest source [as trained]", low=1, high=2**20)
+    tgt_len: int = setting(None, "static: slots of the decoder", low=4, high=2**20)
+    threads: int = setting(0, "CPU threads; 0 is the libraries' own choice", high=4096)
+    json: str = setting(None, "write the report to this file")
+
+
+def check(cfg):
+    """UserError for keys that do not go together."""
+    foreign = cfg.run.startswith(("hf:", "mu:"))
+    precisions = dict(onnx=PRECISIONS, hf=("fp32", "fp16"), run=("fp32",))
+    allowed = ("fp32", "int8") if cfg.static else precisions[cfg.format]
+    lengths = cfg.src_len is not None or cfg.tgt_len is not None
+    for wrong, message in (
+        (foreign and cfg.format != "run", "weights of others become a run first: --format=run"),
+        (not foreign and cfg.format == "run", "--format=run is for hf:... and mu:..."),
+        (cfg.format == "run" and not cfg.out, "--format=run needs --out=FOLDER"),
+        (cfg.tokenizer and cfg.format != "run", "--tokenizer is for --format=run"),
+        (cfg.static and cfg.format != "onnx", "--static is for --format=onnx"),
+        (cfg.json and cfg.format != "onnx", "--json is for --format=onnx"),
+        (lengths and not cfg.static, "--src_len and --tgt_len are for --static"),
+        (cfg.precision not in allowed, f"--precision: there is {', '.join(allowed)} here"),
+    ):
+        if wrong:
+            raise UserError(f"--run={cfg.run}: {message}")
+
+
+# ----------------------------------------------------------------------------------------------
+# Graphs as files
 
 
 class Weights:
@@ -143,6 +188,43 @@ def array(tensor):
 
 
 # ----------------------------------------------------------------------------------------------
+# The model, in either dialect
+
+
+def mlp(g, x, module):
+    up = g.linear(x, module.up)
+    if module.gate is None:
+        return g.linear(g.op("Gelu", up, approximate="tanh"), module.down)
+    return g.linear(g.op("Mul", g.silu(g.linear(x, module.gate)), up), module.down)
+
+
+def encoder_graph(g):
+    """Gives memory_key_i and memory_value_i (B, H_kv, S, D), i over the decoder's layers."""
+    x = g.embedding(g.encoder_inputs())
+    for block in g.model.enc:
+        x = g.op("Add", x, g.self_attention(g.norm(x, block.attn_norm), block.attn))
+        x = g.op("Add", x, mlp(g, g.norm(x, block.mlp_norm), block.mlp))
+    h = g.norm(x, g.model.enc_norm)
+    for i, block in enumerate(g.model.dec):
+        g.give_memory(h, block.cross, i)
+    return g
+
+
+def decoder_graph(g):
+    """Reads memory, and past_key_i and past_value_i (B, H_kv, slots, D) -> logits (N, V), and key_i
+    and value_i, to be bound to the memory of past_key_i and past_value_i."""
+    x = g.embedding(g.decoder_inputs())
+    g.output("logits", g.kept, g.cfg.vocab_size)
+    for i, block in enumerate(g.model.dec):
+        x = g.op("Add", x, g.self_attention(g.norm(x, block.attn_norm), block.attn, i))
+        if block.cross is not None:
+            x = g.op("Add", x, g.cross_attention(g.norm(x, block.cross_norm), block.cross, i))
+        x = g.op("Add", x, mlp(g, g.norm(x, block.mlp_norm), block.mlp))
+    g.output_layer(g.norm(x, g.model.dec_norm))
+    return g
+
+
+# ----------------------------------------------------------------------------------------------
 # Weights in few bits
 
 
@@ -199,11 +281,8 @@ class Fused(Graph):
     def rope_inputs(self, kind):
         half, slots = self.cfg.head_dim // 2, f"{kind}slots"
         positions = self.input(f"{kind}positions", "rows", "new", dtype=np.int64)
-        return (
-            positions,
-            self.input(f"{kind}cos", slots, half),
-            self.input(f"{kind}sin", slots, half),
-        )
+        tables = [self.input(name, slots, half) for name in (f"{kind}cos", f"{kind}sin")]
+        return positions, *tables
 
     def decoder_inputs(self):
         """The same, of the new tokens behind the caches, and: source (B, S), 1 at its real tokens;
@@ -361,6 +440,14 @@ class Plain(Graph):
         self.source = self.input("source", 1, 1, self.S) if self.cfg.n_enc else None
         return self.encoder_inputs(self.slots)
 
+    def matrix(self, name, weight, axis):
+        """The name of a matrix, whose outputs lie along `axis`; in int8, of codes times scales."""
+        if self.precision == "fp32":
+            return self.weight(name, weight)
+        codes, scales = quantize_rows(np.moveaxis(weight, axis, 0))
+        codes = self.weight(f"{name}.int8", np.moveaxis(codes, 0, axis))
+        return self.decoded(codes, self.vector(f"{name}.scales", scales), axis=axis)
+
     def decoded(self, codes, scales, **how):
         """Codes of weights as floats, which `quantize` leaves alone."""
         y = self.op("DequantizeLinear", codes, scales, **how)
@@ -368,13 +455,7 @@ class Plain(Graph):
         return y
 
     def matmul(self, x, name, weight, bias):
-        if self.precision == "fp32":
-            w = self.weight(f"{name}.weight", weight.T)
-        else:
-            codes, scales = quantize_rows(weight)
-            scales = self.vector(f"{name}.scales", scales)
-            w = self.decoded(self.weight(f"{name}.int8", codes.T), scales, axis=1)
-        y = self.op("MatMul", x, w)
+        y = self.op("MatMul", x, self.matrix(f"{name}.weight", weight.T, 1))
         return y if bias is None else self.op("Add", y, self.vector(f"{name}.bias", bias))
 
     def embedding(self, tokens):
@@ -394,13 +475,7 @@ class Plain(Graph):
         h = self.op("Gather", self.op("Reshape", h, self.ints(-1, self.cfg.n_embd)), self.keep)
         module = self.model.embed if self.model.head is None else self.model.head
         name, weight, _ = self.parameters(module)
-        if self.precision == "fp32":
-            w = self.weight(name, weight)
-        else:
-            codes, scales = quantize_rows(weight)
-            scales = self.vector(f"{name}.scales", scales)
-            w = self.decoded(self.weight(f"{name}.int8", codes), scales, axis=0)
-        self.op("Gemm", h, w, transB=1, outputs=["logits"])
+        self.op("Gemm", h, self.matrix(name, weight, 0), transB=1, outputs=["logits"])
 
     def norm(self, x, module):
         name, weight, _ = self.parameters(module)
@@ -468,43 +543,6 @@ class Plain(Graph):
 
 
 # ----------------------------------------------------------------------------------------------
-# The model, in either dialect
-
-
-def mlp(g, x, module):
-    up = g.linear(x, module.up)
-    if module.gate is None:
-        return g.linear(g.op("Gelu", up, approximate="tanh"), module.down)
-    return g.linear(g.op("Mul", g.silu(g.linear(x, module.gate)), up), module.down)
-
-
-def encoder_graph(g):
-    """Gives memory_key_i and memory_value_i (B, H_kv, S, D), i over the decoder's layers."""
-    x = g.embedding(g.encoder_inputs())
-    for block in g.model.enc:
-        x = g.op("Add", x, g.self_attention(g.norm(x, block.attn_norm), block.attn))
-        x = g.op("Add", x, mlp(g, g.norm(x, block.mlp_norm), block.mlp))
-    h = g.norm(x, g.model.enc_norm)
-    for i, block in enumerate(g.model.dec):
-        g.give_memory(h, block.cross, i)
-    return g
-
-
-def decoder_graph(g):
-    """Reads memory, and past_key_i and past_value_i (B, H_kv, slots, D) -> logits (N, V), and key_i
-    and value_i, to be bound to the memory of past_key_i and past_value_i."""
-    x = g.embedding(g.decoder_inputs())
-    g.output("logits", g.kept, g.cfg.vocab_size)
-    for i, block in enumerate(g.model.dec):
-        x = g.op("Add", x, g.self_attention(g.norm(x, block.attn_norm), block.attn, i))
-        if block.cross is not None:
-            x = g.op("Add", x, g.cross_attention(g.norm(x, block.cross_norm), block.cross, i))
-        x = g.op("Add", x, mlp(g, g.norm(x, block.mlp_norm), block.mlp))
-    g.output_layer(g.norm(x, g.model.dec_norm))
-    return g
-
-
-# ----------------------------------------------------------------------------------------------
 # --static --precision=int8: every activation is rounded to 16 bits over the range that it was seen
 # to have, weights have 8. No product is of 8 bits on both sides, so none can saturate.
 
@@ -533,17 +571,15 @@ def watched(g):
 class Watching(Static):
     """A static export of `watched` graphs, which notes the ranges that it sees."""
 
-    def run(self, graph, feeds, into=()):
+    def run(self, graph, feeds):
         if "keep" in feeds:
             every = np.arange(feeds["tokens"].shape[1])
             feeds = feeds | dict(keep=np.minimum(every, feeds["keep"]))
-        outputs = super().run(graph, feeds, into)
+        outputs = super().run(graph, feeds)
         graph = "encoder" if graph == "encoder" else "decoder"  # prefill's nodes are the decoder's
-        low, high = (outputs.pop(name).numpy() for name in ("least", "largest"))
-        if graph in self.ranges:
-            low = np.minimum(low, self.ranges[graph][0])
-            high = np.maximum(high, self.ranges[graph][1])
-        self.ranges[graph] = low, high
+        low, high = outputs.pop("least"), outputs.pop("largest")
+        lowest, highest = self.ranges.get(graph, (low, high))
+        self.ranges[graph] = np.minimum(low, lowest), np.maximum(high, highest)
         return outputs
 
 
@@ -616,21 +652,21 @@ def write(model, folder, precision, objective="seq2seq"):
         encoder_graph(Fused(model, weights, precision, many)).save(folder, "encoder")
     elif precision == "int8":
         few = many
-    g = decoder_graph(Fused(model, weights, precision, few))
-    g.save(folder, "decoder")
-    describe(folder, g, precision=precision, objective=objective)
+    decoder_graph(Fused(model, weights, precision, few)).save(folder, "decoder")
+    describe(folder, weights, model, precision=precision, objective=objective, static=False)
 
 
 def write_static(model, folder, precision, objective, lengths, batch):
     """As `write`, for one prompt of at most lengths[0] tokens and lengths[1] positions of the
     decoder. batch: the rows that activations have their ranges from."""
-    (S, tgt_len), weights = lengths, Weights(folder)
-    slots = -(-tgt_len // CHUNK) * CHUNK
-    about = dict(precision=precision, objective=objective)
-    about["static"] = dict(src_len=S, tgt_len=tgt_len, slots=slots, chunk=CHUNK)
+    (S, slots), weights = lengths, Weights(folder)
+    widths = dict(decoder=1)
+    if not model.config.n_enc:
+        slots = -(-slots // CHUNK) * CHUNK  # the last chunk of a prompt may be padding
+        widths = dict(prefill=CHUNK, decoder=1)
+    about = dict(precision=precision, objective=objective, static=True)
 
     def graphs():
-        widths = dict(decoder=1) if model.config.n_enc else dict(prefill=CHUNK, decoder=1)
         for name, T in widths.items():
             yield name, decoder_graph(Plain(model, weights, precision, T, S, slots))
         if model.config.n_enc:
@@ -641,30 +677,23 @@ def write_static(model, folder, precision, objective, lengths, batch):
         for name, g in graphs():
             g, names[name] = watched(g)
             g.save(folder, name)
-        describe(folder, g, **about)
+        describe(folder, weights, model, **about)
         ranges = calibrate(folder, names, batch)
     for name, g in graphs():
         if precision == "int8":
             quantize(g, ranges["encoder" if name == "encoder" else "decoder"])
         g.save(folder, name)
-    describe(folder, g, **about)
+    describe(folder, weights, model, **about)
 
 
-def describe(folder, step, **about):
-    """export.json. step: the graph whose weights one step reads; of an untied embedding that is
-    next to nothing."""
-    weights, model = step.weights, step.model
+def describe(folder, weights, model, **about):
+    """export.json, once every parameter of the model stands in a graph."""
     weights.file.flush()
     for name, _ in model.named_parameters():
         if name.rpartition(".")[0] not in weights.modules:
             raise UserError(f"model.py has {name}, which the graphs of export.py do not know")
-    names = {name.split(" as ")[0] for name in step.tensors} & weights.places.keys()
-    if model.head is not None:
-        names = {name for name in names if not name.startswith("embed")}
-    about["step_bytes"] = sum(weights.places[name][1] for name in names)
-    about["config"] = {name: getattr(model.config, name) for name in SHAPE}
-    files = [name for name in sorted(os.listdir(folder)) if name != FILE]
-    about["files"] = {name: os.path.getsize(os.path.join(folder, name)) for name in files}
+    names = {field.name for field in fields(About)} & vars(model.config).keys()
+    about |= {name: getattr(model.config, name) for name in names}
     write_json(os.path.join(folder, FILE), about)
 
 
@@ -672,32 +701,29 @@ def describe(folder, step, **about):
 # Held-out rows, for the report
 
 
-def held_out(run, settings, tokenizer, cfg):
+def held_out(run, objective, tokenizer, cfg):
     """A batch (src, tgt, loss_mask) of 16 rows, and where it is from: the run's own samples, or,
     for weights of others, the source of Python's library. The training data may be gone."""
     path = os.path.join(run, "samples.json")
     if not os.path.exists(path):
-        return library_rows(settings, tokenizer, cfg), "of the Python library"
+        return library_rows(objective, tokenizer, cfg), "of the Python library"
     batch = read_json(path)
     try:
-        src, tgt, mask = (batch[name] for name in ("src", "tgt", "loss_mask"))
-        src = None if src is None else np.array(src, np.int64)
-        tgt, mask = np.array(tgt, np.int64), np.array(mask, bool)
+        tgt, mask = np.array(batch["tgt"], np.int64), np.array(batch["loss_mask"], bool)
+        src = np.array(batch["src"], np.int64) if cfg.n_enc else None
         ids = tgt if src is None else np.concatenate((src, tgt), axis=1)
-        fits = (src is None) == (cfg.n_enc == 0) and mask.shape == tgt.shape and mask.any()
-        if not fits or ids.min() < 0 or ids.max() >= cfg.vocab_size or len(ids) < 2:
+        fits = mask.shape == tgt.shape and mask.any() and len(ids) > 1
+        if not fits or ids.min() < 0 or ids.max() >= cfg.vocab_size:
             raise ValueError
     except (KeyError, TypeError, ValueError, OverflowError):
         raise UserError(f"{path} is damaged: remove it, and the report takes other text") from None
     return (src, tgt, mask), "that the run kept"
 
 
-def library_rows(settings, tokenizer, cfg):
-    kind = settings["objective"] if settings["objective"] != "seq2seq" else "prefix"
-    lengths = [settings.get("src_len"), settings.get("tgt_len")]
-    if any(type(n) is not int or not 8 <= n <= 2**16 for n in lengths) or kind not in OBJECTIVES:
-        raise UserError("run.json: objective, src_len or tgt_len is no usable value")
-    objective = OBJECTIVES[kind](tokenizer, lengths[0] - (cfg.n_enc == 0), lengths[1])
+def library_rows(name, tokenizer, cfg):
+    lengths = max(8, min(256, cfg.src_len or cfg.tgt_len)), max(8, min(64, cfg.tgt_len))
+    objective = OBJECTIVES[name if name in ("span", "causal", "ul2") else "prefix"]
+    objective = objective(tokenizer, *lengths)
     ids = np.array(tokenizer.encode(inspect.getsource(argparse) + inspect.getsource(inspect)))
     starts = np.linspace(0, len(ids), 16).astype(int)[:, None]
     windows = np.take(ids, starts + np.arange(objective.window), mode="wrap")
@@ -741,13 +767,14 @@ def inputs_of(tgt, bos_id):
 def prove(model, twin):
     """UserError unless float32 graphs say what torch says in training: for one row and several,
     for short sources and ones past the trained length, for pasts of several lengths."""
-    cfg, static, rng = model.config, twin.about.get("static"), np.random.default_rng(0)
+    cfg, rng, steps = model.config, np.random.default_rng(0), 3
     cases = [([5], [4]), ([1, 9, 4], [2, 6, 3]), ([cfg.src_len + 8], [cfg.tgt_len + 5])]
-    if static:
-        cases = [([1], [1]), ([static.src_len], [max(1, static.tgt_len - 3)])]
+    if twin.config.static:
+        longest = twin.shapes["encoder"]["tokens"][1] if cfg.n_enc else 1
+        slots = twin.shapes["decoder"]["mask"][-1]
+        cases = [([1], [1]), ([longest], [slots - 3])]
     for sources, pasts in cases:
         rows, pasts = np.arange(len(pasts)), np.array(pasts)
-        steps = 3 if static is None else min(3, static.tgt_len - pasts[0])
         shape = len(pasts), max(*sources, *pasts) + steps + 1
         draw = torch.from_numpy(rng.integers(0, cfg.vocab_size - 1, shape))
         draw += draw >= cfg.pad_id  # no padding among them
@@ -812,61 +839,19 @@ def compare(model, twin, batch, prompts, new):
 # ----------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Settings:
-    run: str = setting(None, "run folder [newest in out/]; hf:FOLDER_OR_ID or mu:FILE for run")
-    out: str = setting(None, "folder to write [the run's name and the precision, or -hf]")
-    format: str = setting(
-        "onnx",
-        "onnx; hf: a decoder-only run for `transformers`; run: weights of others as a run",
-        ("onnx", "hf", "run"),
-    )
-    tokenizer: str = setting(None, "run: a tokenizer.json, where none lies beside the weights")
-    n_enc: int = setting(None, "run: as an encoder-decoder, of so many layers", low=1)
-    n_dec: int = setting(None, "run: the same of its decoder", low=1)
-    precision: str = setting(
-        "fp32", "of the weights; with int4, an encoder is int8", ("fp32", "fp16", "int8", "int4")
-    )
-    static: bool = setting(False, "fixed shapes and plain operators, for compilers of NPUs")
-    src_len: int = setting(None, "static: longest source [as trained]", low=1, high=2**20)
-    tgt_len: int = setting(None, "static: slots of the decoder", low=4, high=2**20)
-    threads: int = setting(0, "CPU threads; 0 is the libraries' own choice", high=4096)
-    json: str = setting(None, "write the report to this file")
-
-
-def check(cfg):
-    """UserError for keys that do not go together."""
-    foreign = cfg.run.startswith(("hf:", "mu:"))
-    precisions = dict(onnx=("fp32", "fp16", "int8", "int4"), hf=("fp32", "fp16"), run=("fp32",))
-    allowed = ("fp32", "int8") if cfg.static else precisions[cfg.format]
-    lengths = cfg.src_len is not None or cfg.tgt_len is not None
-    for wrong, message in (
-        (foreign and cfg.format != "run", "weights of others become a run first: --format=run"),
-        (not foreign and cfg.format == "run", "--format=run is for hf:... and mu:..."),
-        (cfg.format == "run" and not cfg.out, "--format=run needs --out=FOLDER"),
-        (cfg.tokenizer and cfg.format != "run", "--tokenizer is for --format=run"),
-        (cfg.static and cfg.format != "onnx", "--static is for --format=onnx"),
-        (cfg.json and cfg.format != "onnx", "--json is for --format=onnx"),
-        (lengths and not cfg.static, "--src_len and --tgt_len are for --static"),
-        (cfg.precision not in allowed, f"--precision: there is {', '.join(allowed)} here"),
-    ):
-        if wrong:
-            raise UserError(f"--run={cfg.run}: {message}")
-
-
 def export_run(cfg, folder):
     """Writes an ONNX export of a run -> the report, a dict."""
-    settings, tokenizer = read_run(cfg.run)["settings"], load_tokenizer(cfg.run)
+    objective, tokenizer = read_run(cfg.run)["settings"]["objective"], load_tokenizer(cfg.run)
     if os.path.exists(os.path.join(cfg.run, "vision.json")):
         raise UserError(f"{cfg.run} sees pictures, for which there is no ONNX export")
     model = Transformer.load(cfg.run).eval()
     config, new, lengths = model.config, 32, None
-    batch, origin = held_out(cfg.run, settings, tokenizer, config)
+    batch, origin = held_out(cfg.run, objective, tokenizer, config)
     seen, room = batch, config.tgt_len
     if cfg.static:
         if cfg.src_len and not config.n_enc:
             raise UserError("--src_len: a decoder-only model has no encoder")
-        lengths = cfg.src_len or config.src_len, cfg.tgt_len or config.tgt_len
+        lengths = cfg.src_len or config.src_len, cfg.tgt_len or max(4, config.tgt_len)
         new = min(new, lengths[1] // 2)
         batch, room = fitting(batch, *lengths), lengths[1] - new
         # Ranges of activations are not taken from the rows of the report.
@@ -874,9 +859,9 @@ def export_run(cfg, folder):
 
     def make(precision):
         if not cfg.static:
-            write(model, folder, precision, settings["objective"])
+            write(model, folder, precision, objective)
             return Exported(folder, cfg.threads)
-        write_static(model, folder, precision, settings["objective"], lengths, seen)
+        write_static(model, folder, precision, objective, lengths, seen)
         return Static(folder, cfg.threads)
 
     try:
@@ -920,21 +905,14 @@ def main():
         if os.path.isdir(out):
             shutil.rmtree(out)
         os.replace(new, out)
+    if cfg.json:
+        write_json(cfg.json, dict(rows=[report]))
+    if cfg.format == "onnx":
+        print(REPORT.format(**report))
     if cfg.format == "hf":
         print(f"transformers.AutoModelForCausalLM.from_pretrained({out!r}) loads it")
-        return
-    if cfg.format == "onnx":
-        r = report
-        print(f"{r['params']:,} parameters in {r['bytes']:,} bytes")
-        print(
-            f"on {r['rows']} held-out rows {r['text']}: loss {r['loss']:.4f}, torch "
-            f"{r['torch_loss']:.4f} ({r['loss_change']:+.2%}); largest logit difference "
-            f"{r['logit_difference']:.2g}, logits up to {r['largest_logit']:.3g}; "
-            f"{r['agreement']:.1%} of torch's greedy tokens"
-        )
-        if cfg.json:
-            write_json(cfg.json, dict(rows=[report]))
-    print(f'python sample.py --run={out} --prompt="..." talks to it')
+    else:
+        print(f'python sample.py --run={out} --prompt="..." talks to it')
 
 
 if __name__ == "__main__":

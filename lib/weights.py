@@ -6,7 +6,7 @@ query, key and value) and qwen3 (norms of query and key). Others still serve as 
 distill.py. Names of weights on the left are ours, on the right theirs.
 """
 
-import glob
+import itertools
 import json
 import math
 import os
@@ -14,8 +14,8 @@ import pickle
 from dataclasses import replace
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from data.tokenizer import load_tokenizer, to_foreign
 from lib import runs
@@ -23,53 +23,43 @@ from lib.settings import UserError, read_json
 from model import PRESETS, Config, ModelError, Transformer, count_params, make_config
 
 FAMILIES = {"llama": {}, "mistral": {}, "qwen2": dict(bias="qkv"), "qwen3": dict(qk_norm=True)}
+PLAIN = dict(rope_type="default", partial_rotary_factor=1, hidden_act="silu", mlp_bias=False)
+PLAIN |= dict(quantization_config=None)
+FIELDS = dict(vocab_size="vocab_size", n_dec="num_hidden_layers", n_embd="hidden_size")
+FIELDS |= dict(n_head="num_attention_heads", n_kv_head="num_key_value_heads", head_dim="head_dim")
+FIELDS |= dict(n_hidden="intermediate_size", tgt_len="max_position_embeddings")
+FIELDS |= dict(norm_eps="rms_norm_eps", rope_theta="rope_theta", tied="tie_word_embeddings")
 
 
-def local_folder(name, where, patterns=("*.json", "model*.safetensors")):
+def local_folder(name, where):
     """The folder of a model: `name` itself, or what is downloaded from the Hub under this id."""
     if os.path.isdir(name):
         return name
-    if name.count("/") != 1 or name[0] in "./~":
-        raise UserError(f"{where}: no such folder")
     from huggingface_hub import snapshot_download
 
     try:
-        return snapshot_download(name, allow_patterns=[*patterns], ignore_patterns=["*/*"])
+        files = dict(allow_patterns=["*.json", "model*.safetensors"], ignore_patterns=["*/*"])
+        return snapshot_download(name, **files)
     except Exception as error:  # no network, no such model: the library raises its own kinds
-        raise UserError(
-            f"{where} could not be reached ({type(error).__name__}); give a local folder with "
-            "config.json and model.safetensors"
-        ) from None
+        reason = f"{type(error).__name__} from the Hub"
+        raise UserError(f"{where}: no such folder, and no such model ({reason})") from None
 
 
-def weight_files(folder, where):
-    """The safetensors files of a folder, all that its index names."""
-    index = os.path.join(folder, "model.safetensors.index.json")
+def read_weights(folder, where):
+    """The tensors of a folder: of model.safetensors, or of all files that its index names."""
+    index, tensors = os.path.join(folder, "model.safetensors.index.json"), {}
+    names = ["model.safetensors"]
     if os.path.exists(index):
         names = read_json(index).get("weight_map")
         names = sorted(set(map(str, names.values()))) if type(names) is dict else []
         if not names or any(os.path.basename(name) != name for name in names):
             raise UserError(f"{index} names no files of its own folder")
-        files = [os.path.join(folder, name) for name in names]
-        missing = [name for name in files if not os.path.isfile(name)]
-        if missing:
-            raise UserError(f"{where}: {len(missing)} shards are missing, the first: {missing[0]}")
-        return files
-    single = os.path.join(folder, "model.safetensors")
-    files = sorted(glob.glob(os.path.join(glob.escape(folder), "*.safetensors")))
-    if not files:
-        raise UserError(f"{where} has no .safetensors file; pickles, which can run code, are left")
-    return [single] if single in files else files
-
-
-def read_tensors(files, where):
-    tensors = {}
-    for path in files:
+    for name in names:
         try:
-            with safe_open(path, framework="pt") as file:
-                tensors |= {name: file.get_tensor(name) for name in file.keys()}
+            tensors |= load_file(os.path.join(folder, name))
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{where}: {path} is truncated or no safetensors ({error})") from None
+            reason = "missing, truncated or no safetensors; pickles, which can run code, are left"
+            raise UserError(f"{where}: {name} is {reason} ({type(error).__name__})") from None
     return tensors
 
 
@@ -79,40 +69,36 @@ def read_tensors(files, where):
 
 def llama_config(about, where):
     """config.json -> Config, but for the ids, which are the tokenizer's."""
-    kind = str(about.get("model_type"))
-    rope = about.get("rope_parameters") or about.get("rope_scaling") or {}
+    rope = about.get("rope_parameters") or about.get("rope_scaling")
     rope = rope if type(rope) is dict else {}
-    rope_kind = rope.get("rope_type") or rope.get("type") or "default"
-    share = rope.get("partial_rotary_factor") or about.get("partial_rotary_factor") or 1
-    for wrong, what in (
-        (kind not in FAMILIES, f"is of model_type {kind!r}"[:60]),
-        (rope_kind != "default" or share != 1, f"has scaled RoPE, {rope_kind!r}"[:60]),
-        (about.get("quantization_config"), "holds quantized weights"),
-        (about.get("hidden_act", "silu") != "silu", "has another hidden_act than silu"),
-        (about.get("mlp_bias"), "has biases in its MLPs"),
-    ):
-        if wrong:
-            raise UserError(
-                f"{where} {what}: only llama, mistral, qwen2 and qwen3 with plain RoPE become "
-                "runs; as a teacher, distill.py --teacher=hf: takes any causal model"
-            )
+    about = about | rope | dict(rope_type=rope.get("rope_type") or rope.get("type"))
+    odd = [key for key, plain in PLAIN.items() if about.get(key) not in (None, plain)]
+    odd = odd if str(about.get("model_type")) in FAMILIES else ["model_type"]
+    if odd:
+        raise UserError(
+            f"{where} has {odd[0]}={str(about.get(odd[0]))[:60]}: only llama, mistral, qwen2 and "
+            "qwen3 with plain RoPE become runs; as a teacher, distill.py --teacher=hf: takes any "
+            "causal model"
+        )
+    found = {ours: about[theirs] for ours, theirs in FIELDS.items() if about.get(theirs)}
     try:
-        n_embd, n_head = about["hidden_size"], about["num_attention_heads"]
+        shape = dict(n_kv_head=found["n_head"], head_dim=found["n_embd"] // found["n_head"])
+        shape |= dict(tied=False, qk_norm=False, n_enc=0, src_len=0) | found
         window = about.get("sliding_window") if about.get("use_sliding_window", True) else None
-        length = about["max_position_embeddings"]
-        shape = dict(vocab_size=about["vocab_size"], n_dec=about["num_hidden_layers"])
-        shape |= dict(n_kv_head=about.get("num_key_value_heads") or n_head, n_head=n_head)
-        shape |= dict(head_dim=about.get("head_dim") or n_embd // n_head, n_embd=n_embd)
-        theta = float(rope.get("rope_theta") or about.get("rope_theta") or 10000.0)
-        shape |= dict(n_hidden=about["intermediate_size"], rope_theta=theta)
-        dialect = dict(qk_norm=False, bias="qkv" if about.get("attention_bias") else "none")
-        dialect |= FAMILIES[kind] | dict(norm_eps=float(about.get("rms_norm_eps", 1e-6)))
-        tied = bool(about.get("tie_word_embeddings", False))
         # Within its window, sliding attention is attention.
-        shape |= dict(n_enc=0, src_len=0, tgt_len=min(length, window or length), tied=tied)
-        return Config(**shape, **dialect).check()
-    except (KeyError, TypeError, ValueError, ZeroDivisionError, ModelError) as error:
+        shape["tgt_len"] = min(shape["tgt_len"], window or shape["tgt_len"])
+        shape["bias"] = "qkv" if about.get("attention_bias") else "none"
+        return Config(**shape | FAMILIES[about["model_type"]]).check()
+    except (KeyError, TypeError, ZeroDivisionError, ModelError) as error:
         raise UserError(f"{where}: its config.json cannot be used ({error})"[:400]) from None
+
+
+def layer_names(ours, theirs, n, parts):
+    """The names of all weights and biases in n layers, ours -> theirs."""
+    names = {}
+    for i, (a, b), kind in itertools.product(range(n), parts.items(), ("weight", "bias")):
+        names[f"{ours}.{i}.{a}.{kind}"] = f"{theirs}.{i}.{b}.{kind}"
+    return names
 
 
 def llama_names(cfg):
@@ -122,20 +108,13 @@ def llama_names(cfg):
     parts |= {f"attn.w{x}": f"self_attn.{x}_proj" for x in "qkvo"}
     parts |= {f"attn.{x}_norm": f"self_attn.{x}_norm" for x in "qk"}
     parts |= {f"mlp.{x}": f"mlp.{x}_proj" for x in ("gate", "up", "down")}
-    for i in range(cfg.n_dec):
-        for ours, theirs in parts.items():
-            for kind in ("weight", "bias"):
-                names[f"dec.{i}.{ours}.{kind}"] = f"model.layers.{i}.{theirs}.{kind}"
-    return names
+    return names | layer_names("dec", "model.layers", cfg.n_dec, parts)
 
 
 def load_llama(name, where):
     folder = local_folder(name, where)
-    files = weight_files(folder, where)
     config = llama_config(read_json(os.path.join(folder, "config.json")), where)
-    if sum(map(os.path.getsize, files)) < count_params(config):  # a byte each, at least
-        raise UserError(f"{where}: config.json describes more parameters than its files hold")
-    tensors = read_tensors(files, where)
+    tensors = read_weights(folder, where)
     if config.tied:
         tensors.pop("lm_head.weight", None)  # some files have it all the same
     for key, tensor in list(tensors.items()):
@@ -147,24 +126,17 @@ def load_llama(name, where):
 def assembled(config, tensors, names, where):
     """A Transformer of `config` from foreign `tensors`. UserError for one that is missing, left
     over, of another shape, or not finite."""
-    with torch.device("meta"):
+    ours = {theirs: ours for ours, theirs in names.items()}
+    state = {ours.get(theirs, theirs): tensor for theirs, tensor in tensors.items()}
+    with torch.device("meta"):  # no memory is taken before the shapes agree
         model = Transformer(config)
-    found = {"embed_scale": torch.tensor(1.0)}
-    for ours, p in model.named_parameters():
-        tensor = tensors.pop(names[ours], None)
-        if tensor is None:
-            raise UserError(f"{where} lacks the weights {names[ours]}")
-        if tensor.shape != p.shape:
-            raise UserError(
-                f"{where}: {names[ours]} is {tuple(tensor.shape)}, and {tuple(p.shape)} by its "
-                "configuration"
-            )
-        if not all(map(torch.isfinite, torch.aminmax(tensor))):
-            raise UserError(f"{where}: {names[ours]} holds numbers that are not finite")
-        found[ours] = tensor
-    if tensors:
-        raise UserError(f"{where} has {len(tensors)} weights too many, one is {min(tensors)}")
-    model.load_state_dict(found, assign=True)
+    try:
+        model.load_state_dict(state | {"embed_scale": torch.tensor(1.0)}, assign=True)
+    except RuntimeError as error:
+        raise UserError(f"{where}: its weights do not fit its config: {error}"[:400]) from None
+    for name, p in model.named_parameters():
+        if not all(map(torch.isfinite, torch.aminmax(p))):
+            raise UserError(f"{where}: {names[name]} holds numbers that are not finite")
     return model
 
 
@@ -182,12 +154,8 @@ def mu_names(n_enc, n_dec):
     decoder = {f"attn.{a}": f"causal_attn.{b}" for a, b in linear.items()} | mlp
     decoder |= {f"cross.{a}": f"cross_attn.{b}" for a, b in linear.items()}
     decoder |= {"attn_norm": "ln1", "cross_norm": "ln2", "mlp_norm": "ln3"}
-    for stack, n, letter, parts in (("enc", n_enc, "e", encoder), ("dec", n_dec, "h", decoder)):
-        for i in range(n):
-            for a, b in parts.items():
-                for kind in ("weight", "bias"):
-                    names[f"{stack}.{i}.{a}.{kind}"] = f"transformer.{letter}.{i}.{b}.{kind}"
-    return names
+    names |= layer_names("enc", "transformer.e", n_enc, encoder)
+    return names | layer_names("dec", "transformer.h", n_dec, decoder)
 
 
 def load_mu(path, where):
@@ -195,37 +163,33 @@ def load_mu(path, where):
     heads in a group the second stands behind all groups, so the heads are put into our order."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        about = dict(n_head=6, n_kv_head=3) | dict(state.get("model_config") or {})
+        about = dict(n_head=6, n_kv_head=3, block_size=1024, rope_theta=10000, rope_factor=1)
+        about |= state.get("model_config") or {}
         tensors = {key.split("_orig_mod.")[-1]: t for key, t in state["model_state_dict"].items()}
-        layers = [[int(k.split(".")[2]) for k in tensors if f"transformer.{x}." in k] for x in "eh"]
-        (n_enc, n_dec), n_head = (1 + max(found) for found in layers), about["n_head"]
-        (words, n_embd), length = tensors["transformer.wte.weight"].shape, about.get("block_size")
-        length, n_kv = length or 1024, about["n_kv_head"]
+        enc, dec = ({k.split(".")[2] for k in tensors if f"transformer.{x}." in k} for x in "eh")
+        words, n_head, n_kv = tensors["transformer.wte.weight"], about["n_head"], about["n_kv_head"]
         head_dim = len(tensors["transformer.e.0.attn.q_linear.bias"]) // n_head
-        theta = float(about.get("rope_theta", 10000))
+        n_hidden, length = len(tensors["transformer.e.0.mlp.fc1.bias"]), about["block_size"]
+        shape = len(words), len(enc), len(dec), words.size(1), n_head, n_kv, head_dim, n_hidden
         # A fixed factor of NTK scaling is another base.
-        theta *= float(about.get("rope_factor") or 1) ** (head_dim / (head_dim - 2))
-        config = Config(words, n_enc, n_dec, n_embd, n_head, n_kv, head_dim, mlp="gelu", bias="all")
-        config.n_hidden = len(tensors["transformer.e.0.mlp.fc1.bias"])
-        config = replace(config, src_len=length, tgt_len=length, rope_theta=theta, qk_norm=False)
-        config.check()
-    except FileNotFoundError:
-        raise UserError(f"{where}: {path} is missing") from None
+        theta = about["rope_theta"] * about["rope_factor"] ** (head_dim / (head_dim - 2))
+        dialect = dict(mlp="gelu", bias="all", qk_norm=False, rope_theta=float(theta))
+        config = Config(*shape, src_len=length, tgt_len=length, **dialect).check()
+        if torch.equal(tensors.get("lm_head.weight", words), words):
+            tensors.pop("lm_head.weight", None)  # tied, as the paper's is
+        order = torch.arange(n_head)  # ours -> theirs
+        order = order if about.get("is_interleaved") else order.view(-1, n_kv).T.flatten()
+        for key, t in tensors.items():
+            if ".q_linear." in key:
+                tensors[key] = t.unflatten(0, (n_head, -1))[order].flatten(0, 1)
+            elif key.endswith("out_linear.weight"):
+                tensors[key] = t.unflatten(1, (n_head, -1))[:, order].flatten(1)
     except pickle.UnpicklingError:
         raise UserError(f"{where} asks for code to be run when it is read: refused") from None
     except Exception as error:  # torch.load and a stranger's dict raise many kinds
         raise UserError(f"{where} holds no model of the paper's code ({error})"[:300]) from None
-    head = tensors.pop("lm_head.weight", tensors["transformer.wte.weight"])
-    if not torch.equal(head, tensors["transformer.wte.weight"]):
-        raise UserError(f"{where}: its output layer is not its embedding, as the paper's is")
-    order = torch.arange(n_head).view(-1, n_kv).T.flatten()  # ours -> theirs
-    order = torch.arange(n_head) if about.get("is_interleaved") else order
-    for key, t in tensors.items():
-        if ".q_linear." in key:
-            tensors[key] = t.unflatten(0, (n_head, -1))[order].flatten(0, 1)
-        elif key.endswith("out_linear.weight"):
-            tensors[key] = t.unflatten(1, (n_head, -1))[:, order].flatten(1)
-    return assembled(config, tensors, mu_names(n_enc, n_dec), where), os.path.dirname(path) or "."
+    names = mu_names(config.n_enc, config.n_dec)
+    return assembled(config, tensors, names, where), os.path.dirname(path) or "."
 
 
 # ----------------------------------------------------------------------------------------------
@@ -243,35 +207,30 @@ def fit_vocabulary(model, tokenizer, where):
     if tokenizer.eos >= tokenizer.n_text:
         raise UserError(f"{where}: its tokenizer names no end: is tokenizer_config.json there?")
     new = max(0, tokenizer.vocab_size - cfg.vocab_size)
-    for holder in [model.embed, model.head] if new else []:
+    for holder in (model.embed, model.head):
         if holder is not None:
-            mean = holder.weight.float().mean(0, keepdim=True).to(holder.weight.dtype)
-            holder.weight = torch.nn.Parameter(torch.cat((holder.weight, mean.expand(new, -1))))
+            mean = holder.weight.float().mean(0).to(holder.weight.dtype).expand(new, -1)
+            holder.weight = torch.nn.Parameter(torch.cat((holder.weight, mean)))
     ids = dict(pad_id=tokenizer.pad, eos_id=tokenizer.eos)
     ids["bos_id"] = tokenizer.bos if cfg.n_enc else tokenizer.begin
     model.config = replace(cfg, vocab_size=cfg.vocab_size + new, **ids).check()
-    return model
 
 
-@torch.no_grad()
 def to_encdec(model, n_enc, n_dec, bos_id):
     """A decoder-only model -> an encoder-decoder that starts from it (T5Gemma: Zhang et al., 2025):
     evenly spaced layers in both stacks; each cross-attention begins as the self-attention of its
     layer."""
-    cfg, old, found = model.config, model.state_dict(), {}
-    if not (1 <= n_enc <= cfg.n_dec and 1 <= n_dec <= cfg.n_dec):
-        raise UserError(f"--n_enc and --n_dec: the model to start from has {cfg.n_dec} layers")
+    cfg = model.config
+    if cfg.n_enc or max(n_enc, n_dec) > cfg.n_dec:
+        raise UserError(f"--n_enc and --n_dec take layers from the decoder, which has {cfg.n_dec}")
     new = Transformer(replace(cfg, n_enc=n_enc, n_dec=n_dec, src_len=cfg.tgt_len, bos_id=bos_id))
-    for name in new.state_dict():
-        stack, *rest = name.split(".")
-        if stack in ("enc", "dec"):
-            n = n_enc if stack == "enc" else n_dec
-            layer = round(int(rest[0]) * (cfg.n_dec - 1) / max(1, n - 1))
-            name_there = ".".join(["dec", str(layer), *rest[1:]]).replace("cross", "attn")
-        else:
-            name_there = name.replace("enc_norm", "dec_norm")
-        found[name] = old[name_there].clone()
-    new.load_state_dict(found, assign=True)
+    new.load_state_dict(model.state_dict(), strict=False)  # embeddings, the last norm, the head
+    new.enc_norm.load_state_dict(model.dec_norm.state_dict())
+    for stack in (new.enc, new.dec):
+        for i, block in enumerate(stack):
+            old = model.dec[round(i * (cfg.n_dec - 1) / max(1, len(stack) - 1))].state_dict()
+            cross = {k.replace("attn", "cross"): x for k, x in old.items() if k[:4] == "attn"}
+            block.load_state_dict(old | cross, strict=False)  # an encoder's block has no cross
     return new
 
 
@@ -280,25 +239,17 @@ def write_run(name, folder, tokenizer=None, n_enc=None, n_dec=None):
     model as an encoder-decoder of so many of its layers."""
     load = load_llama if name.startswith("hf:") else load_mu
     model, place = load(name[3:], name)
-    if not tokenizer and not os.path.exists(os.path.join(place, "tokenizer.json")):
-        raise UserError(f"{name} has no tokenizer.json beside it: name one with --tokenizer=FILE")
     words = load_tokenizer(tokenizer or place)
-    model = fit_vocabulary(model, words, name)
+    fit_vocabulary(model, words, name)
     if n_enc or n_dec:
-        if model.config.n_enc:
-            raise UserError(f"{name} is an encoder-decoder already: leave --n_enc and --n_dec out")
         n = model.config.n_dec
         model = to_encdec(model, n_enc or n, n_dec or n, words.bos)
-    os.makedirs(folder)
     model.save(folder)
     words.save(folder)
-    size, sizes = math.log(model.num_params()), {}
-    for preset in PRESETS:
-        sizes[preset] = abs(math.log(count_params(make_config(preset, "dec"))) - size)
-    kind = "prefix" if model.config.n_enc else "causal"
-    settings = dict(objective=kind, arch="encdec" if model.config.n_enc else "dec")
-    settings |= dict(preset=min(sizes, key=sizes.get), src_len=1024, tgt_len=256)
-    runs.write_run(folder, settings, None, weights_of=name)
+    sizes = {preset: count_params(make_config(preset, "dec")) for preset in PRESETS}
+    nearest = min(sizes, key=lambda preset: abs(math.log(sizes[preset] / model.num_params())))
+    settings = dict(preset=nearest, objective="prefix" if model.config.n_enc else "causal")
+    runs.write_run(folder, settings | dict(src_len=1024, tgt_len=256), None, weights_of=name)
 
 
 def write_hf(run, folder, precision):
@@ -308,29 +259,21 @@ def write_hf(run, folder, precision):
     if cfg.n_enc or cfg.mlp != "swiglu" or cfg.bias == "all":
         raise UserError(f"{run}: no class of the Llama family computes what it does")
     kind = {(False, "none"): "llama", (False, "qkv"): "qwen2"}.get((cfg.qk_norm, cfg.bias), "qwen3")
-    about = dict(model_type=kind, hidden_size=cfg.n_embd, num_hidden_layers=cfg.n_dec)
-    about |= dict(num_attention_heads=cfg.n_head, num_key_value_heads=cfg.n_kv_head)
-    about |= dict(head_dim=cfg.head_dim, intermediate_size=cfg.n_hidden, rms_norm_eps=cfg.norm_eps)
-    about |= dict(vocab_size=cfg.vocab_size, max_position_embeddings=cfg.tgt_len)
-    about |= dict(rope_theta=cfg.rope_theta, attention_bias=cfg.bias == "qkv" and kind == "qwen3")
-    about |= dict(bos_token_id=cfg.bos_id, eos_token_id=cfg.eos_id, pad_token_id=cfg.pad_id)
-    about |= dict(architectures=[f"{kind.capitalize()}ForCausalLM"], tie_word_embeddings=False)
-    state = {names[ours]: p.detach() for ours, p in model.named_parameters()}
-    head = model.head or model.embed
-    state["lm_head.weight"] = head.weight.detach().clone()
-    state["model.embed_tokens.weight"] = model.embed.weight.detach() * model.embed_scale
-    if about["attention_bias"]:  # Qwen3's has one of the output as well
-        for i in range(cfg.n_dec):
-            zero = torch.zeros(cfg.n_embd)
-            state[f"model.layers.{i}.self_attn.o_proj.bias"] = zero
     dtype = torch.float16 if precision == "fp16" else torch.float32
-    os.makedirs(folder)
+    about = {theirs: getattr(cfg, ours) for ours, theirs in FIELDS.items()}
+    about |= dict(model_type=kind, architectures=[f"{kind.capitalize()}ForCausalLM"])
+    # embed_scale becomes part of the embedding alone, which the head is then no longer.
+    about |= dict(attention_bias=kind == "qwen3" and cfg.bias == "qkv", tie_word_embeddings=False)
+    about |= dict(bos_token_id=cfg.bos_id, eos_token_id=cfg.eos_id, pad_token_id=cfg.pad_id)
+    state = {names[ours]: p.detach() for ours, p in model.named_parameters()}
+    state["lm_head.weight"] = (model.head or model.embed).weight.detach()
+    state["model.embed_tokens.weight"] = model.embed.weight.detach() * model.embed_scale
+    for i in range(cfg.n_dec if about["attention_bias"] else 0):  # Qwen3's output has one, too
+        state[f"model.layers.{i}.self_attn.o_proj.bias"] = torch.zeros(cfg.n_embd)
     state = {name: tensor.to(dtype).contiguous() for name, tensor in state.items()}
+    os.makedirs(folder)
     save_file(state, os.path.join(folder, "model.safetensors"), dict(format="pt"))
-    about["dtype"] = str(dtype)[6:]
-    texts = dict(
-        zip(("tokenizer.json", "tokenizer_config.json"), to_foreign(tokenizer, cfg.bos_id))
-    )
-    for name, text in (texts | {"config.json": json.dumps(about, indent=1)}).items():
+    texts = *to_foreign(tokenizer, cfg.bos_id), json.dumps(about, indent=1)
+    for name, text in zip(("tokenizer.json", "tokenizer_config.json", "config.json"), texts):
         with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
             file.write(text)
