@@ -37,7 +37,6 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors.torch import load_file
 
 import model as lm
 from data.images import CHOICES, FILE, VisionConfig, read_vision, token_orders
@@ -49,7 +48,7 @@ from lib.device import catch_signals, compile_parts, eager, start, to_device
 from lib.evaluate import write_answers
 from lib.runs import Log, is_better, new_run, read_run, restore, resumed, save_best, save_checkpoint
 from lib.settings import UserError, from_dict, given, read_json, read_settings, script, setting
-from lib.weights import local_folder, weight_files
+from lib.weights import local_folder, read_weights
 from train import FREE, TIMED, lr_share, make_optimizers, steps_that_fit
 
 # The last is CLIP's ViT-L/14 at 336 pixels, the paper's. CLIP's last layer is left out.
@@ -374,12 +373,8 @@ def foreign_tower(name):
     if siglip:
         fields |= dict(mean=[0.5] * 3, std=[0.5] * 3)
     fields |= dict(class_token=not siglip, pre_norm=not siglip, patch_bias=siglip, from_file=True)
-    vision, tensors = from_dict(VisionConfig, fields, where).check(), {}
-    for file in weight_files(folder, where):
-        try:
-            tensors |= {k.removeprefix("vision_model."): x for k, x in load_file(file).items()}
-        except Exception as error:  # safetensors raises its own kind
-            raise UserError(f"{file} is truncated or no safetensors file ({error})") from None
+    vision, tensors = from_dict(VisionConfig, fields, where).check(), read_weights(folder, where)
+    tensors = {name.removeprefix("vision_model."): x for name, x in tensors.items()}
     with torch.device("meta"):
         wanted, weights = Tower(vision).state_dict(), {}
     for ours, p in wanted.items():
