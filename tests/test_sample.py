@@ -56,21 +56,16 @@ def test_holes_become_sentinels():
     assert make_prompt("causal", "a<mask>", BYTES, True) == list(b"a<mask>")
 
 
-@pytest.mark.parametrize(
-    "answer, so_far, done",
-    [
-        ([0, b"xy", 1, b"z"], "axybz", "axybzc"),
-        ([0, b"xy"], "axy", "axyb<mask>c"),
-        ([1, b"z"], "a<mask>bz", "a<mask>bzc"),
-        ([], "", "a<mask>b<mask>c"),
-        ([1, b"z", 0, b"xy"], "axybz", "axybzc"),
-    ],
-)
+# An answer, its digits standing for sentinels; its text so far; its text when it is done.
+HOLES = [("0xy1z", "axybz", "axybzc"), ("0xy", "axy", "axyb<mask>c"), ("", "", "a<mask>b<mask>c")]
+HOLES += [("1z", "a<mask>bz", "a<mask>bzc"), ("1z0xy", "axybz", "axybzc")]
+
+
+@pytest.mark.parametrize("answer, so_far, done", HOLES)
 def test_holes_are_filled_as_they_come(answer, so_far, done):
     prompt = make_prompt("span", "a<mask>b<mask>c", BYTES, False)
     talk = SimpleNamespace(tokenizer=BYTES, prompt=prompt, objective="span")
-    parts = [[BYTES.sentinel(x)] if isinstance(x, int) else list(x) for x in answer]
-    ids = [i for part in parts for i in part]
+    ids = [BYTES.sentinel(int(x)) if x.isdigit() else ord(x) for x in answer]
     assert (text_of(talk, ids, done=False), text_of(talk, ids)) == (so_far, done)
 
 
@@ -82,24 +77,13 @@ def test_streamed_characters_are_never_cut_and_control_characters_are_shown(caps
     assert capsys.readouterr().out == "größer 🙂\\x1b[2J"
 
 
-@pytest.mark.parametrize(
-    "arch, objective",
-    [
-        ("encdec", "span"),
-        ("encdec", "prefix"),
-        ("dec", "causal"),
-        ("dec", "span"),
-        ("encdec", "ul2"),
-    ],
-)
-def test_every_kind_of_run_talks(talk, arch, objective):
+@pytest.mark.parametrize("run", "encdec-span encdec-prefix dec-causal dec-span encdec-ul2".split())
+def test_every_kind_of_run_talks(talk, run):
+    arch, objective = run.split("-")
     make_run("out/a", objective, arch)
-    for options in (
-        ["--max_new_tokens=5"],
-        ["--beams=3", "--max_new_tokens=5"],
-        ["--num_samples=2", "--temperature=1", "--top_k=5", "--top_p=0.9", "--max_new_tokens=5"],
-    ):
-        status, out, err = talk("--prompt=x = <mask>\\ny", *options)
+    for options in ("", "--beams=3", "--num_samples=2 --temperature=1 --top_k=5 --top_p=0.9"):
+        words = ["--prompt=x = <mask>\\ny", "--max_new_tokens=5", *options.split()]
+        status, out, err = talk(*words)
         assert status == 0 and "x = " in out, err
 
 
@@ -119,26 +103,20 @@ def test_one_beam_is_greedy_and_all_beams_find_the_best():
     greedy = [step[0] for step in model.generate([prompt], 4)]
     assert beam_search(model, prompt, 1, 4)[: len(greedy)] == greedy
     encoded, best = model.encode(torch.tensor([prompt])), (-1e9, None)
-    for n in range(1, 5):  # every answer of up to four tokens, scored by the full model
-        for answer in itertools.product([0, 1, 3, 4, 5], repeat=n):
-            logp = model.logits(model.decode(torch.tensor([[1, *answer]]), encoded)).log_softmax(
-                -1
-            )[0]
-            score = sum(logp[t, id] for t, id in enumerate(answer))
-            ends = [(score / n**0.6, answer)] if n == 4 else []
-            ends += [((score + logp[n, 2]) / (n + 1) ** 0.6, answer)] if n < 4 else []
-            best = max([best, *ends], key=lambda pair: pair[0])
-    assert tuple(beam_search(model, prompt, 6**4, 4)) == best[1]
+    answers = [x for n in range(1, 4) for x in itertools.product([0, 1, 3, 4, 5], repeat=n)]
+    for answer in answers:  # every answer of up to three tokens, scored by the full model
+        states, n = model.decode(torch.tensor([[1, *answer]]), encoded), len(answer)
+        logp = model.logits(states)[0].log_softmax(-1)
+        score = sum(logp[t, id] for t, id in enumerate([*answer, 2][:3]))
+        best = max(best, (score / min(n + 1, 3) ** 0.6, answer), key=lambda pair: pair[0])
+    assert tuple(beam_search(model, prompt, 6**3, 3)) == best[1]
 
 
 def test_a_beam_without_an_end_does_not_win_over_ended_ones():
     """[] has 0.3 and [a] 0.6 * 0.2: the search stops; an unended [a] is no answer."""
     table = torch.full((10, 9), 0.0125)  # by the last token, the start in the last row; 0 ends
-    table[1], table[2, 0], table[-1, :3] = (
-        torch.tensor([0.2] + 8 * [0.1]),
-        0.9,
-        torch.tensor([0.3, 0.6, 0.05]),
-    )
+    table[1], table[2, 0] = torch.tensor([0.2] + 8 * [0.1]), 0.9
+    table[-1, :3] = torch.tensor([0.3, 0.6, 0.05])
 
     class Chain:
         config = SimpleNamespace(eos_id=0)
@@ -155,48 +133,29 @@ def test_a_beam_without_an_end_does_not_win_over_ended_ones():
     assert beam_search(Chain(), [5], 2, 6) == []
 
 
-@pytest.mark.parametrize(
-    "argv, says",
-    [
-        (["--run=nowhere"], "nowhere"),
-        (["--max_new_tokens=0"], "--max_new_tokens"),
-        (["--top_p=0"], "--top_p"),
-        (["--prompt="], "empty"),
-        (["--num_samples=2"], "--temperature"),
-        (["--beams=2", "--temperature=1"], "one of them"),
-        (["--device=cuda:99"], "--device"),
-        (["--temprature=1"], "did you mean --temperature?"),
-    ],
-)
-def test_bad_input(talk, argv, says):
-    make_run("out/a", "causal", "dec")
-    status, _, err = talk("--prompt=x", *argv)
-    assert status == 2 and says in one_line(err)
+BAD = {"--run=nowhere": "nowhere", "--max_new_tokens=0": "--max_new_tokens", "--prompt=": "empty"}
+BAD |= {"--num_samples=2": "--temperature", "--beams=2 --temperature=1": "one of them"}
+BAD |= {"--device=cuda:99": "--device", "--temprature=1": "did you mean --temperature?"}
+BAD |= {"--race=out/a --beams=2": "--race", "--show_attention=a.gif": ".html or .png"}
+BAD |= {"--image=a.png": "without pictures", "--run=out/half": "model.safetensors is missing"}
 
 
-def test_no_run_at_all(talk):
+@pytest.mark.parametrize("words", BAD)
+def test_bad_input(talk, words):
     status, _, err = talk("--prompt=x")
     assert status == 2 and "no run in out/" in one_line(err)
+    make_run("out/half", "span")
+    os.remove("out/half/model.safetensors")
+    make_run("out/a", "causal", "dec")
+    status, _, err = talk("--prompt=x", *words.split())
+    assert status == 2 and BAD[words] in one_line(err)
 
 
-def test_a_folder_that_is_not_whole(talk):
-    make_run("out/a", "span")
-    os.remove("out/a/model.safetensors")
-    status, _, err = talk("--run=out/a", "--prompt=x")
-    assert status == 2 and "model.safetensors is missing" in one_line(err)
-
-
-def test_a_trained_run_answers(monkeypatch, capsys, text_file):
+def test_a_trained_run_answers(talk, monkeypatch, capsys, text_file):
     for base in (TINY_ENC, TINY_DEC):
-        assert (
-            call(train.main, [*base, f"--data={text_file}", "--max_iters=3"], monkeypatch, capsys)[
-                0
-            ]
-            == 0
-        )
-        status, out, err = call(
-            sample.main, ["--prompt=abc <mask> d", "--max_new_tokens=4"], monkeypatch, capsys
-        )
+        words = [*base, f"--data={text_file}", "--max_iters=3"]
+        assert call(train.main, words, monkeypatch, capsys)[0] == 0
+        status, out, err = talk("--prompt=abc <mask> d", "--max_new_tokens=4")
         assert status == 0 and out.startswith("abc "), err
 
 
@@ -204,31 +163,23 @@ def test_a_task_run_prints_its_answer_alone(talk):
     make_run("out/a", "seq2seq")
     assert make_prompt("seq2seq", "ab", BYTES, False) == [97, 98, BYTES.eos]
     assert make_prompt("seq2seq", "ab", BYTES, True) == [97, 98, BYTES.eos, BYTES.sep]
-    outs = [
-        talk("--prompt= question \\n", "--max_new_tokens=4", *more)[1]
-        for more in ([], ["--beams=1"])
-    ]
-    assert outs[0] == outs[1] and "question" not in outs[0]
+    outs = [talk(f"--prompt={text}", "--max_new_tokens=4")[1] for text in ("q", " q \\n")]
+    assert outs[0] == outs[1] and "q" not in outs[0]
 
 
 @pytest.mark.parametrize("arch, bos", [("encdec", 1), ("dec", 1), ("dec", -1)])
 def test_attention_is_what_the_model_computes(arch, bos):
-    """The kernel that keeps its weights gives the same states. A source token whose weight is zero
-    everywhere may change without changing the answer's probabilities."""
+    """The kernel that keeps its weights gives the same states."""
     source, answer = [5, 6, 7, 8, 9], [10, 11, 12]
     model = tiny(arch, cross_rope=arch == "encdec", bos_id=bos)
     both = torch.tensor([(arch == "dec") * source + answer])
     before = model.logits(model.states(torch.tensor([source]), both))[0, -3:].softmax(-1)
     weights, probs = sample.attention_weights(model, source, answer)
     assert np.allclose(probs, before.detach().numpy(), atol=1e-5)
-    layers = model.config.n_dec
-    assert weights.shape == (layers, model.config.n_head, 3, 5) and (weights > 0).all()
-    sums = weights.sum(-1)
-    if arch == "encdec":
-        assert np.allclose(sums, 1, atol=1e-5)
-    else:  # the first answer token is predicted where the prompt ends
-        assert np.allclose(sums[..., 0, :] if sums.ndim > 3 else sums[..., 0], 1) == (bos < 0)
-        assert (sums[..., 1:] < 1).all()
+    assert weights.shape == (model.config.n_dec, model.config.n_head, 3, 5) and weights.all()
+    # Decoder-only, what predicts the first token sees the prompt and, where there is one, bos.
+    all_of_it = np.isclose(weights.sum(-1), 1, atol=1e-5).all((0, 1)).tolist()
+    assert all_of_it == [arch == "encdec" or bos < 0] + 2 * [arch == "encdec"]
 
 
 @pytest.mark.parametrize("arch", ["encdec", "dec"])
@@ -248,18 +199,13 @@ def test_pictures_are_read_and_shown(talk, arch):
     n = len(data["pictures"][0]["order"])
     assert n == sum(data["source"][i] == ["<image>", True] for i in range(n)) > 8
     assert data["decoder_only"] == (arch == "dec")
-    for wrong in (["--prompt=<image><image>"], ["--image=none.png"]):
-        status, _, err = talk(*words, *wrong)
-        assert status == 2 and one_line(err)
+    status, _, err = talk(*words, "--prompt=<image><image>")
+    assert status == 2 and "2 <image>" in one_line(err)
     if shutil.which("chromium"):
-        bright = in_browser(
-            "a.html",
-            """
-            const canvas = document.querySelector("canvas");
-            out.seen = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height)
-                .data.filter((value, i) => i % 4 === 3 && value > 0).length / canvas.width;""",
-        )
-        assert bright["seen"] > 50
+        script = """const c = document.querySelector("canvas"), pen = c.getContext("2d");
+            const rgba = pen.getImageData(0, 0, c.width, c.height).data;
+            out.lit = rgba.filter((x, i) => i % 4 === 3 && x > 0).length / rgba.length;"""
+        assert in_browser("a.html", script)["lit"] > 0.1
 
 
 def page_data(path):
@@ -272,15 +218,12 @@ def in_browser(path, script):
     """Runs a script on a loaded page; what it puts into `out` comes back."""
     with open(path, encoding="utf-8") as file:
         page = file.read()
+    result = "add(document.body, 'pre', JSON.stringify(out)).id = 'result';"
     with open("hooked.html", "w", encoding="utf-8") as file:
-        result = "add(document.body, 'pre', JSON.stringify(out)).id = 'result';"
         hook = f"addEventListener('load', () => {{ const out = {{}}; {script} {result} }});"
         file.write(f"{page}<script>{hook}</script>")
-    words = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
-    words += [
-        f"--user-data-dir={os.path.abspath('profile')}",
-        f"file://{os.path.abspath('hooked.html')}",
-    ]
+    here, words = os.getcwd(), "chromium --headless --no-sandbox --disable-gpu --dump-dom"
+    words = [*words.split(), f"--user-data-dir={here}/profile", f"file://{here}/hooked.html"]
     dom = subprocess.run(words, capture_output=True, text=True, timeout=120).stdout
     return json.loads(html.unescape(dom.split('id="result">')[1].split("</pre>")[0]))
 
@@ -298,35 +241,28 @@ def test_a_page_of_a_thousand_tokens_in_a_browser():
     probs = np.full((n, BYTES.vocab_size), 1e-3)
     probs[range(n), answer] = 0.7
     draw("a.html", weights, probs, source, answer, BYTES, run="r", decoder_only=False, pictures=[])
-    out = in_browser(
-        "a.html",
-        """
-        const spans = document.querySelectorAll("#answer .token");
-        const lit = () => [...document.querySelectorAll("#source .top")].map(
-            span => [...document.querySelectorAll("#source .token")].indexOf(span));
+    script = """
+        const find = css => [...document.querySelectorAll(css)], spans = find("#answer .token");
+        const lit = () => find("#source .token").findIndex(x => x.classList.contains("top"));
         const key = name => document.dispatchEvent(new KeyboardEvent("keydown", {key: name}));
-        const over = t => spans[t].dispatchEvent(new PointerEvent("pointerover", {bubbles: true}));
         const begin = performance.now();
-        over(500);
-        getComputedStyle(document.querySelectorAll("#source .token")[500]).backgroundColor;
+        spans[500].dispatchEvent(new PointerEvent("pointerover", {bubbles: true}));
+        getComputedStyle(find("#source .token")[500]).backgroundColor;
         out.ms = performance.now() - begin;
-        out.hover = lit();
-        out.likely = document.querySelector("#likely .chosen").textContent;
-        document.querySelector("#answer").dispatchEvent(new PointerEvent("pointerleave"));
+        out.hover = [lit(), find("#likely .chosen")[0].textContent];
         spans[7].click();
         key("ArrowRight");
-        out.right = [lit(), document.activeElement.dataset.t, spans[8].getAttribute("aria-label")];
-        for (const _ of "123") key("ArrowDown");
-        out.down = [lit(), document.querySelector("#layer").value];
+        out.right = [lit(), document.activeElement.getAttribute("aria-label")];
+        ["ArrowDown", "ArrowDown", "ArrowDown"].forEach(key);
+        out.down = [lit(), $("layer").value];
         key("End");
-        out.end = document.activeElement.getAttribute("aria-selected") + document.activeElement.dataset.t;
-        out.source = document.querySelector("#source").textContent;
-        out.hacked = window.hacked === 1 || document.querySelectorAll("img").length;""",
-    )
-    assert out["ms"] < 1000 and out["hover"] == [500]
-    assert out["likely"] == "a70%" and out["right"][:2] == [[8], "8"]
-    assert out["right"][2] == "token 9 of 1000, ↵, probability 70%"
-    assert out["down"] == [[7], "1"] and out["end"] == "true999"
+        out.end = find("[aria-selected=true]").map(x => x.dataset.t);
+        out.source = $("source").textContent;
+        out.hacked = window.hacked === 1 || find("img").length > 0;"""
+    out = in_browser("a.html", script)
+    assert out["ms"] < 1000 and out["hover"] == [500, "a70%"]
+    assert out["right"] == [8, "token 9 of 1000, ↵, probability 70%"]
+    assert out["down"] == [7, "1"] and out["end"] == ["999"]
     assert out["source"].startswith(HOSTILE) and not out["hacked"]
 
 
