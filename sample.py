@@ -185,7 +185,7 @@ def draw_race(talks, rows, done):
     for talk in talks:
         times = talk.times or [talk.clock]
         rate = (len(times) - 1) / max(times[-1] - times[0], 1e-9)
-        pace = f"{1000 * times[0]:.0f} ms to the first of {len(times)} tokens, {rate:.0f} tokens/s"
+        pace = f"first token {1000 * times[0]:.0f} ms, {rate:.0f} tokens/s, {len(times)} tokens"
         parts = text_of(talk, talk.answer, done).split("\n")
         text = [x[i : i + width] for x in parts for i in range(0, max(1, len(x)), width)]
         columns.append([talk.run, pace, *(text if done else text[4 - height :])])
