@@ -24,7 +24,6 @@ Paper: "Return of the Encoder: Maximizing Parameter Efficiency for SLMs", sectio
 import json
 import os
 from dataclasses import asdict, dataclass, fields, replace
-from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -195,16 +194,6 @@ def scaled_dot_product(q, k, v, mask, causal):
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped)
 
 
-class Source(NamedTuple):
-    """What cross-attention reads, the same for all layers: the encoder's states (B, S, C), None
-    where a cache has their keys and values; a mask (B, 1, 1, S); RoPE of keys and of queries."""
-
-    states: torch.Tensor | None
-    mask: torch.Tensor | None = None
-    key_rope: tuple | None = None
-    query_rope: tuple | None = None
-
-
 class Attention(nn.Module):
     """Grouped-query attention, to the tokens themselves or to a source."""
 
@@ -229,9 +218,12 @@ class Attention(nn.Module):
         return self.attend(x, keys, values, mask, causal, rope)
 
     def read(self, x, source, past=None):
-        """Cross-attention of x (B, T, C) to a Source, or to the keys and values that past has."""
-        memory = past.memory if past else self.keys_values(source.states, source.key_rope)
-        return self.attend(x, *memory, source.mask, rope=source.query_rope)
+        """Cross-attention of x (B, T, C) to a source, which all layers share: the encoder's states
+        (B, S, C), None where `past` has their keys and values; a mask (B, 1, 1, S); RoPE of the
+        keys; RoPE of the queries."""
+        states, mask, key_rope, query_rope = source
+        keys, values = past.memory if past else self.keys_values(states, key_rope)
+        return self.attend(x, keys, values, mask, rope=query_rope)
 
     def keys_values(self, x, rope=None):
         """x (B, S, C) -> keys and values, (B, H_kv, S, D) each."""
@@ -352,21 +344,19 @@ class Cache:
         gives it weight zero."""
         if self.pad is None and (T == 1 or self.length == 0):
             return None, T > 1
-        key = torch.arange(self.length + T, device=self.layers[0].keys.device)[None, :]
-        query = key[:, self.length :].mT  # (T, 1)
-        if self.pad is None:
-            return (key <= query)[None, None], False
-        real = key >= self.pad[:, None, None]  # (B, 1, length + T)
-        return ((key <= query) & (real | (key == query)))[:, None], False
+        key = torch.arange(self.length + T, device=self.layers[0].keys.device)
+        query = key[self.length :, None]  # (T, 1)
+        first = key.new_zeros(1, 1, 1) if self.pad is None else self.pad[:, None, None]
+        return ((key <= query) & ((key >= first) | (key == query)))[:, None], False
 
     def select(self, rows):
         """Keeps, repeats or reorders rows; `rows` (B',) of indices. Beam search does that."""
         for layer in self.layers:
             layer.keys, layer.values = layer.keys[rows], layer.values[rows]
             layer.memory = layer.memory and tuple(part[rows] for part in layer.memory)
-        state = self.pad, self.stretch, self.src_mask
-        state = (part[rows] if torch.is_tensor(part) else part for part in state)
-        self.pad, self.stretch, self.src_mask = state
+        for name in ("pad", "stretch", "src_mask"):
+            if torch.is_tensor(part := getattr(self, name)):
+                setattr(self, name, part[rows])
 
 
 def stretch_of(lengths, longest, trained):
@@ -402,7 +392,9 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = cfg = config.check()
         self.word_dropout, self.label_smoothing = word_dropout, label_smoothing
-        self.embed = nn.Embedding(cfg.vocab_size, cfg.n_embd)
+        # nn.Embedding's own start imports torch's compiler on the meta device, which takes seconds.
+        start = torch.randn(cfg.vocab_size, cfg.n_embd)
+        self.embed = nn.Embedding.from_pretrained(start, freeze=False)
         self.register_buffer("embed_scale", torch.tensor(1 / embed_std(cfg.n_embd)))
         self.enc = nn.ModuleList(EncoderBlock(cfg, dropout) for _ in range(cfg.n_enc))
         self.enc_norm = RMSNorm(cfg.n_embd, cfg.norm_eps) if cfg.n_enc else None
@@ -416,7 +408,7 @@ class Transformer(nn.Module):
         """Every block starts as the identity, because its output projections are zero: the first
         loss is near ln(V)."""
         for name, p in self.named_parameters():
-            if name.endswith("bias") or name.endswith(("wo.weight", "down.weight")):
+            if p.is_meta or name.endswith(("bias", "wo.weight", "down.weight")):
                 p.zero_()
             elif name.startswith(("embed", "head")):
                 p.normal_(std=embed_std(self.config.n_embd))
@@ -470,7 +462,7 @@ class Transformer(nn.Module):
             positions, stretch, layers = cache.positions(T), cache.stretch, cache.layers
             (mask, causal), src_mask = cache.mask(T), cache.src_mask
         rope, query_rope = rope_tables(positions, self.config, stretch), self.cross_rope(positions)
-        source = Source(encoded, source_mask(src_mask), key_rope, query_rope)
+        source = encoded, source_mask(src_mask), key_rope, query_rope
         x = self.embedded(tokens)
         for block, past in zip(self.dec, layers):
             x = block(x, rope, mask, causal, source, past)
@@ -486,9 +478,8 @@ class Transformer(nn.Module):
         cfg, encoded, src_mask = self.config, None, None
         if cfg.n_enc:
             src_mask = src != cfg.pad_id
-            src_mask = (
-                None if src.is_cpu and src_mask.all() else src_mask
-            )  # a GPU need not be asked
+            if src.is_cpu and src_mask.all():  # a GPU is not asked: one would wait for its answer
+                src_mask = None
             encoded = self.encode(src, src_mask)
         if cfg.bos_id < 0:  # nothing predicts the first token
             return F.pad(self.decode(tgt[:, :-1], encoded, src_mask), (0, 0, 1, 0))
@@ -552,16 +543,17 @@ class Transformer(nn.Module):
         """Reads the prompts -> a Cache with room for max_new_tokens more, and the decoder's states
         after the last prompt token."""
         cfg, device = self.config, self.embed.weight.device
-        encoded, src_mask, heads = None, None, [[]] * len(prompts) if cfg.n_enc else prompts
+        encoded, src_mask, starts = None, None, prompts
         if cfg.n_enc:
+            starts = [[] for _ in prompts]  # the decoder's; the prompts are the encoder's
             lengths = torch.tensor([len(p) for p in prompts], device=device)
             src = pad_sequence([torch.tensor(p) for p in prompts], True, cfg.pad_id).to(device)
             if min(map(len, prompts)) < src.size(1):
                 src_mask = torch.arange(src.size(1), device=device) < lengths[:, None]
             encoded = self.encode(src, src_mask)
-        heads = [torch.tensor([cfg.bos_id] * (cfg.bos_id >= 0) + [*h]) for h in heads]
-        tokens = pad_sequence(heads, True, cfg.pad_id, "left").to(device)  # (B, T)
-        pad = torch.tensor([tokens.size(1) - len(h) for h in heads], device=device)
+        starts = [torch.tensor([cfg.bos_id] * (cfg.bos_id >= 0) + [*ids]) for ids in starts]
+        tokens = pad_sequence(starts, True, cfg.pad_id, "left").to(device)  # (B, T)
+        pad = torch.tensor([tokens.size(1) - len(ids) for ids in starts], device=device)
         cache = Cache(self, tokens.size(1) + max_new_tokens - 1, pad, encoded, src_mask)
         return cache, self.decode(tokens, cache=cache)
 
@@ -599,9 +591,8 @@ class Transformer(nn.Module):
             tensors = {name: t.to(device, dtype) for name, t in load_file(path).items()}
             model.load_state_dict(tensors, assign=True)
         except (SafetensorError, OSError, RuntimeError) as error:
-            raise ModelError(
-                f"{path} is damaged or does not fit config.json: {error}"[:400]
-            ) from None
+            what = f"{path} is damaged or does not fit config.json: {error}"
+            raise ModelError(what[:400]) from None
         if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
             raise ModelError(f"{path}: {bad[0]} holds numbers that are not finite")
         return model

@@ -52,7 +52,8 @@ def no_pad(rows):
     + [("1b", 980, 1020)],
 )
 def test_all_members_of_a_preset_have_one_size(preset, low, high):
-    configs = [make_config(preset, split=split) for split in ("1/3", "1/2", "2/3")]
+    splits = ("1/3", "1/2", "2/3") if high < 400 else ("2/3",)
+    configs = [make_config(preset, split=split) for split in splits]
     counts = [count_params(config) for config in [make_config(preset, "dec"), *configs]]
     assert max(counts) / min(counts) < (1.01 if high > 2 else 1.02)
     assert low <= min(counts) / 1e6 and max(counts) / 1e6 <= high
@@ -90,8 +91,8 @@ from model import Transformer, make_config
 
 torch.manual_seed(0)
 model = Transformer(make_config("tiny", vocab_size=32))
-optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-for step in range(120):
+optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+for step in range(60):
     src = torch.randint(3, 32, (64, 4))
     tgt = src.flip(1)
     loss = model(src, tgt) / tgt.numel()
@@ -315,7 +316,7 @@ def test_cached_equals_full_recomputation_at_every_position(arch, cross, T, chun
 # --- generation
 
 
-def collect(steps, row):
+def collect(steps, row=0):
     return [step[row] for step in steps if step[row] is not None]
 
 
@@ -327,13 +328,13 @@ def test_a_row_generates_what_it_generates_alone(arch, options, new):
     together = list(model.generate(prompts, new, seed=3, **options))
     for b, prompt in enumerate(prompts):
         alone = list(model.generate([prompt], new, seed=3 + b, **options))
-        assert collect(together, b) == collect(alone, 0)
+        assert collect(together, b) == collect(alone)
 
 
 @pytest.mark.parametrize("arch, bos_id", [("encdec", 1), ("dec", 1), ("dec", -1)])
 def test_greedy_equals_argmax_of_the_full_model(arch, bos_id):
     model, prompt = tiny(arch, bos_id=bos_id), ids(7).tolist()
-    made = collect(list(model.generate([prompt], 6)), 0)
+    made = collect(list(model.generate([prompt], 6)))
     with torch.no_grad():
         encoded = model.encode(torch.tensor([prompt])) if arch == "encdec" else None
         sequence = [bos_id] * (bos_id > 0) + prompt * (arch == "dec")
@@ -380,7 +381,7 @@ def test_save_and_load(tmp_path):
 @pytest.mark.parametrize(
     "changes, tensor",
     [(dict(n_hidden=56), "mlp"), (dict(n_dec=3), "dec.2"), (dict(tied=False), "head.weight")]
-    + [(dict(n_enc=0, src_len=0), "enc_norm"), (dict(n_embd=2**30), "embed.weight")],
+    + [(dict(n_enc=0, src_len=0), "enc_norm"), (dict(n_embd=2**19), "embed.weight")],
 )
 def test_a_config_that_does_not_fit_the_weights_names_the_tensor(tmp_path, changes, tensor):
     model = tiny("encdec")
