@@ -13,12 +13,11 @@ import os
 import sysconfig
 
 import numpy as np
-from tqdm import tqdm
 
 from data.records import is_hub_id, read_text, split_files, stream
 from data.tokenizer import load_tokenizer, train_tokenizer
 from lib.runs import lock_folder, replacing, write_json
-from lib.settings import UserError, read_json
+from lib.settings import UserError, progress, read_json
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 CACHE = os.environ.get("NANOENCDEC_CACHE", os.path.join(HERE, "cache"))
@@ -142,7 +141,7 @@ def tokenize(folder, identity, open_split, tokenizer, vocab_size, log):
     log(f"tokenizing into {folder} (once)")
     path = os.path.join(folder, "tokenizer.json")
     if tokenizer is None and not os.path.exists(path):
-        sample = tqdm(first(open_split("train"), VOCAB_SAMPLE), "training the vocabulary")
+        sample = progress(first(open_split("train"), VOCAB_SAMPLE), "training the vocabulary")
         tokenizer = train_tokenizer(sample, vocab_size)
     if not os.path.exists(path):
         tokenizer.save(folder)
@@ -177,7 +176,8 @@ def tokenize_split(folder, split, open_split, tokenizer):
     if os.path.exists(state_path):
         state = read_json(state_path)
     documents = itertools.islice(open_split(split), state["documents"], None)
-    bar = tqdm(desc=f"tokenizing {split}", unit=" tokens", unit_scale=True, initial=state["tokens"])
+    unit = dict(unit=" tokens", unit_scale=True)
+    bar = progress(what=f"tokenizing {split}", initial=state["tokens"], **unit)
     shard, size = [], 0
     while True:
         texts = list(itertools.islice(documents, 64))

@@ -128,6 +128,8 @@ def begin(source):
     warnings.filterwarnings("ignore", module="PIL")  # of broken metadata, of large pictures
     if isinstance(source, Image.Image):
         return source
+    if isinstance(source, str) and not os.path.isfile(source):  # a pipe would wait for its writer
+        raise ValueError("it is missing or no plain file")
     return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
 
 

@@ -15,14 +15,13 @@ from functools import partial
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from data import metrics
 from data.images import n_tokens, open_image, prepare_image, size_by_header
 from data.pictures import Drawn, picture_rows
 from data.sets import Pairs, TaskSet, task_tokenizer
 from data.tasks import IMAGE, Task, fill
-from lib.settings import UserError
+from lib.settings import UserError, progress
 
 # ----------------------------------------------------------------------------------------------
 # Records of a data set -> rows. The columns are those of the published data sets.
@@ -134,7 +133,9 @@ class PicturePairs(Pairs):
 
     def __init__(self, rows, tokenizer, src_len, tgt_len, decoder_only, vision):
         self.vision, self.room, self.sizes = vision, src_len - 1 - decoder_only, []
-        for number, row in enumerate(tqdm(rows, "pictures", leave=False, disable=len(rows) < 2e4)):
+        for number, row in enumerate(
+            progress(rows, "pictures", leave=False, disable=len(rows) < 2e4)
+        ):
             self.sizes.append([size_of(ref, named(ref, number)) for ref in row["images"]])
         super().__init__(rows, tokenizer, src_len, tgt_len, decoder_only)
 

@@ -22,14 +22,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from tqdm import tqdm
-
 import data.corpus
 from data import metrics
 from data.corpus import VAL_EVERY, python_files
 from data.records import is_hub_id, local_records, tables
 from lib.runs import replacing
-from lib.settings import UserError
+from lib.settings import UserError, progress
 
 IMAGE = "<image>"  # in a source: here stands a picture
 SIDES = ("source", "target")
@@ -159,7 +157,7 @@ def python_rows(extract, full):
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with replacing(path) as new, open(new, "w", encoding="utf-8") as out:
             seen = set()
-            for about in tqdm(files, "reading Python files", mininterval=0.5):
+            for about in progress(files, "reading Python files"):
                 half = "val" if int(about["sha256"][8:16], 16) % 2 else "test"
                 split = "train" if about["split"] == "train" else half
                 with open(about["path"], encoding="utf-8") as file:

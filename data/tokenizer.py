@@ -265,30 +265,6 @@ def begin_of(folder, tokenizer, bos):
     return bos if told and bos is not None else -1
 
 
-def load_foreign(path, source):
-    """The Tokenizer of a Hugging Face tokenizer.json at `path`."""
-    from tokenizers import Tokenizer as Foreign
-
-    folder = os.path.dirname(path)
-    if re.search(r"[+*}]\)[+*{]", source):
-        raise UserError(f"{path} has a pattern of nested repeats, which may never end")
-    try:
-        foreign = Foreign.from_str(source)
-        bos, eos = (special_id(name, folder, foreign) for name in ("bos", "eos"))
-        begin = begin_of(folder, foreign, bos)
-        tokenizer = Tokenizer("hf", source=source, bos=bos, eos=eos, begin=begin)
-        for text in ("a", "Two words\n\tof  Zürich, \u4e16: 3.14"):
-            back = tokenizer.decode(tokenizer.encode(text))
-            if back != text:
-                raise ValueError(f"it changes texts: {text!r} comes back as {back!r}")
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # `tokenizers` panics with a kind of its own
-        reason = f"{type(error).__name__}: {str(error)[:200]}"
-        raise UserError(f"{path} cannot be used as a tokenizer ({reason})") from None
-    return tokenizer
-
-
 def load_tokenizer(name):
     """ "bytes", "gpt2", a tokenizer file, ours or Hugging Face's, or a folder that holds one."""
     if name == "bytes":
@@ -299,41 +275,64 @@ def load_tokenizer(name):
     if not os.path.exists(path):
         raise UserError(f"--tokenizer={name}: no such file; it takes bpe, gpt2, bytes or a {FILE}")
     about = read_json(path)
-    if "model" in about and "added_tokens" in about:
-        with open(path, encoding="utf-8") as file:
-            return load_foreign(path, file.read())
     try:
-        if about["format"] != "nanoencdec" or about["kind"] not in ("bytes", "bpe", "hf"):
-            raise ValueError("of an unknown kind")
-        if about["kind"] == "hf":
-            ids = {key: about[key] for key in ("bos", "eos", "begin")}
-            if not all(type(id) is int for id in ids.values()):
-                raise ValueError("ids that are no numbers")
-            return Tokenizer("hf", source=about["source"], **ids)
-        if about["kind"] == "bytes":
-            return Tokenizer("bytes")
-        return Tokenizer("bpe", checked_ranks(about["ranks"]), checked_pattern(about["pattern"]))
+        if "model" in about and "added_tokens" in about:
+            return load_foreign(path)
+        return load_own(about)
     except (KeyboardInterrupt, SystemExit, UserError):
         raise
-    except BaseException as error:  # ValueError, KeyError, TypeError, or a panic of `tokenizers`
-        raise UserError(f"{path} is no tokenizer file ({type(error).__name__})") from None
+    except BaseException as error:  # `tokenizers` panics with a kind of its own
+        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        raise UserError(f"{path} cannot be used as a tokenizer ({reason})") from None
 
 
-def checked_ranks(codes):
-    """Base64 codes of tokens -> their bytes: each once, and every single byte among them."""
-    ranks = [base64.b64decode(code, validate=True) for code in codes]
-    if len(set(ranks)) != len(ranks) or not {bytes([i]) for i in range(256)} <= set(ranks):
-        raise ValueError("tokens twice, or bytes without one")
-    return ranks
-
-
-def checked_pattern(pattern):
-    """A stranger's pattern may never end, so only the two that are written here are taken."""
+def load_own(about):
+    """The Tokenizer of what to_dict gave. Like load_foreign it may raise anything."""
+    if about["format"] != "nanoencdec" or about["kind"] not in ("bytes", "bpe", "hf"):
+        raise ValueError("of an unknown kind")
+    if about["kind"] == "bytes":
+        return Tokenizer("bytes")
+    if about["kind"] == "hf":
+        ids = {key: about[key] for key in ("bos", "eos", "begin")}
+        return checked(about["source"], ids)
     from tiktoken_ext.openai_public import r50k_pat_str
 
-    if pattern not in (PATTERN, r50k_pat_str):
+    if about["pattern"] not in (PATTERN, r50k_pat_str):
         raise ValueError("an unknown pattern")
-    return pattern
+    ranks = [base64.b64decode(code, validate=True) for code in about["ranks"]]
+    if len(set(ranks)) != len(ranks) or not {bytes([i]) for i in range(256)} <= set(ranks):
+        raise ValueError("a token twice, or a byte without one")
+    return Tokenizer("bpe", ranks, about["pattern"])
+
+
+def load_foreign(path):
+    """The Tokenizer of a Hugging Face tokenizer.json."""
+    from tokenizers import Tokenizer as Foreign
+
+    with open(path, encoding="utf-8") as file:
+        source = file.read()
+    folder, foreign = os.path.dirname(path), Foreign.from_str(source)
+    bos, eos = (special_id(name, folder, foreign) for name in ("bos", "eos"))
+    return checked(source, dict(bos=bos, eos=eos, begin=begin_of(folder, foreign, bos)))
+
+
+def checked(source, ids):
+    """The Tokenizer of a tokenizer.json that nobody vouches for. A repeated group in a pattern may
+    take exponential time, so there must be none; and texts must come back as they were."""
+    for pattern in re.findall(r'"Regex":\s*("(?:[^"\\]|\\.)*")', source):
+        # Without escaped characters and character classes, where a bracket is no group.
+        groups = re.sub(r"\\.|\[(?:\\.|[^\]\\])*\]", "", json.loads(pattern))
+        if re.search(r"\)[*+{]", groups):
+            raise ValueError(f"the pattern {pattern} repeats a group and may never end")
+    tokenizer = Tokenizer("hf", source=source, **ids)
+    for id in ids.values():
+        if id is not None and not (type(id) is int and -1 <= id < tokenizer.vocab_size):
+            raise ValueError(f"{id!r} is no id")
+    for text in ("a", "Two words\n\tof  Zürich, \u4e16: 3.14"):
+        back = tokenizer.decode(tokenizer.encode(text))
+        if back != text:
+            raise ValueError(f"it changes texts: {text!r} comes back as {back!r}")
+    return tokenizer
 
 
 def load_gpt2():

@@ -9,6 +9,7 @@ import textwrap
 import numpy as np
 import pytest
 from conftest import TINY_DEC, TINY_ENC, call, one_line
+from test_data import write_table
 
 import data.tasks
 import train
@@ -112,31 +113,22 @@ def test_aligned_files_and_direction(tmp_path):
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "tsv", "parquet"])
 def test_any_data_set_and_leaks_are_told(kind, tmp_path):
-    import pandas
-
     answers = [f"a {i}" for i in range(39)] + ["None"]
     questions = [f"q {i % 30}" for i in range(40)]
-    frame = pandas.DataFrame(dict(question=questions, answer=answers, other=1))
-    path, said = str(tmp_path / f"rows.{kind}"), []
-    if kind == "jsonl":
-        frame.to_json(path, orient="records", lines=True)
-    elif kind == "parquet":
-        frame.to_parquet(path)
-    else:
-        frame.to_csv(path, index=False, sep="," if kind == "csv" else "\t")
-    splits = load_task(path, "question", "answer", said.append).splits
+    path, said = tmp_path / f"rows.{kind}", []
+    write_table(path, dict(question=questions, answer=answers, other=1))
+    splits = load_task(str(path), "question", "answer", said.append).splits
     assert len(splits["train"]) == 38
     assert splits["val"] == [dict(source="q 19", target="a 19"), dict(source="q 9", target="None")]
     assert "1 of 2 held-out sources are in train" in said[0]
     with pytest.raises(UserError, match="question.*choose with --source_col"):
-        load_task(path)
+        load_task(str(path))
 
 
 def test_reverse_is_made_the_same_everywhere():
     splits = load_task("reverse").splits
-    assert {split: len(rows) for split, rows in splits.items()} == dict(
-        train=4000, val=200, test=200
-    )
+    sizes = {split: len(rows) for split, rows in splits.items()}
+    assert sizes == dict(train=4000, val=200, test=200)
     rows = [row for part in splits.values() for row in part]
     assert all(row["source"].split() == row["target"].split()[::-1] for row in rows)
     assert len({row["source"] for row in rows}) == 4400
@@ -219,10 +211,8 @@ def test_batches_by_length_are_a_pure_function_of_the_step(dec):
     widest = [(lengths[r].sum(1) + 1).max() if dec else lengths[r].max(0).sum() for r in epoch]
     computed = [width * len(rows) for width, rows in zip(widest, epoch)]
     assert max(computed) <= 1024 and lengths.sum() / sum(computed) > 0.9
-    later, again = (
-        [order.rows(step) for step in range(2 * n)],
-        TaskSet(TASKS["pairs"], pairs, 8, cfg),
-    )
+    later = [order.rows(step) for step in range(2 * n)]
+    again = TaskSet(TASKS["pairs"], pairs, 8, cfg)
     for step in (n + 3, 0, n - 1):  # in any order
         assert (again.rows(step) == later[step]).all()
     seen = []
@@ -238,45 +228,45 @@ def test_batches_by_length_are_a_pure_function_of_the_step(dec):
 # --- training
 
 
-def copy_task(tmp_path):
+def letters(tmp_path):
     rng, rows = np.random.default_rng(0), []
     for _ in range(400):
-        letters = "".join(rng.choice(list("abcd"), rng.integers(1, 6)))
-        rows.append(dict(source=letters, target=letters.upper()))
-    return write(tmp_path / "copy.jsonl", rows)
+        word = "".join(rng.choice(list("abcd"), rng.integers(1, 4)))
+        rows.append(dict(source=word, target=word.upper()))
+    return write(tmp_path / "letters.jsonl", rows)
+
+
+def run(argv, monkeypatch, capsys):
+    """What train.main tells, with these words."""
+    short = ["--src_len=8", "--tgt_len=8", "--threads=1"]
+    status, out, err = call(train.main, [*argv, *short], monkeypatch, capsys)
+    assert status == 0, err
+    return out + err
 
 
 @pytest.mark.parametrize("base", [TINY_ENC, TINY_DEC])
 def test_learns_to_translate_letters(base, tmp_path, monkeypatch, capsys):
-    """Real training, for both architectures: the source matters, the best weights are kept, and
-    resuming a finished run does nothing twice."""
+    """For both architectures the source matters, and the best weights are kept."""
     columns = ["--source_col=source", "--target_col=target"]  # which say that it is a task
-    argv = [*base, f"--data={copy_task(tmp_path)}", *columns, "--batch_size=16", "--max_iters=200"]
-    argv += ["--eval_interval=100", "--eval_rows=0", "--lr=1e-2", "--embed_lr=1e-2", "--out=run"]
-    status, _, err = call(train.main, argv, monkeypatch, capsys)
-    assert status == 0, err
+    argv = [*base, f"--data={letters(tmp_path)}", *columns, "--batch_size=16", "--max_iters=90"]
+    argv += ["--eval_interval=90", "--eval_rows=0", "--lr=1e-2", "--embed_lr=1e-2", "--out=run"]
+    said = run([*argv, "--vocab_size=300"], monkeypatch, capsys)
+    assert "--vocab_size=300 is ignored: --tokenizer=bytes has 517 ids" in said
+    assert "held-out sources are in train, too" in said
     with open("run/log.jsonl") as file:
-        log = file.read()
-    last = [row for row in map(json.loads, log.splitlines()) if "exact" in row][-1]
-    assert last["exact"] > 60 and last["shuffled_loss"] > 3 * last["val_loss"]
+        last = [row for row in map(json.loads, file) if "exact" in row][-1]
+    assert last["shuffled_loss"] > 2 * last["val_loss"] and last["exact"] > 20
     assert os.path.exists("run/best.safetensors")
-    resume = ["--init_from=resume", "--out=run"]
-    assert call(train.main, resume, monkeypatch, capsys)[0] == 0
-    with open("run/log.jsonl") as file:
-        assert file.read() == log
 
 
 def test_finetunes_a_pretrained_run(tmp_path, monkeypatch, capsys, text_file):
-    argv = [*TINY_ENC, f"--data={text_file}", "--out=pre", "--max_iters=3"]
-    call(train.main, argv, monkeypatch, capsys)
-    argv = ["--init_from=pre", f"--data={copy_task(tmp_path)}", "--objective=seq2seq", "--out=fine"]
-    argv += ["--max_iters=3", "--src_len=64", "--tgt_len=16", "--batch_size=4", "--eval_rows=8"]
-    argv += ["--dtype=float32", "--device=cpu", "--cross_rope=true"]
-    status, _, err = call(train.main, argv, monkeypatch, capsys)
-    assert status == 0, err
+    run([*TINY_ENC, f"--data={text_file}", "--out=pre", "--max_iters=1"], monkeypatch, capsys)
+    argv = ["--init_from=pre", f"--data={letters(tmp_path)}", "--objective=seq2seq", "--out=fine"]
+    argv += ["--max_iters=1", "--batch_size=4", "--eval_rows=2", "--device=cpu"]
+    run([*argv, "--dtype=float32", "--cross_rope=true"], monkeypatch, capsys)
     with open("fine/config.json") as file:
         config = json.load(file)
-    assert config["src_len"] == 64 and config["cross_rope"]
+    assert config["src_len"] == 8 and config["cross_rope"]
 
 
 # --- bad input
