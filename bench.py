@@ -99,8 +99,8 @@ def named(arch, **more):
 
 
 def bench_speed(cfg):
-    """Generates with random weights, on which speed does not depend. The paper's table 2, 2/3 beside
-    decoder-only: first token 0.71 and tokens/s 3.8 on a CPU, 0.58 and 3.9 on a GPU."""
+    """Generates with random weights, on which speed does not depend. The paper's table 2, 2/3
+    beside decoder-only: first token 0.71 and tokens/s 3.8 on a CPU, 0.58 and 3.9 on a GPU."""
     cfg.preset = cfg.preset or "330m"
     cfg.engine = cfg.engine or "torch,onnx-fp32,onnx-int8,onnx-int4"
     archs, engines = chosen(cfg, "archs", ARCHS), chosen(cfg, "engine", ENGINES)
@@ -456,7 +456,8 @@ def score_task(model, about, cfg, world):
     task = (load_picture_task if vision else load_task)(cfg.data, *columns, say=world.say)
     rows, answers = task.splits.get(cfg.eval_split), {}
     if not rows:
-        raise UserError(f"--eval_split={cfg.eval_split}: {cfg.data} has no such rows")
+        known = ", ".join(split for split, rows in task.splits.items() if rows)
+        raise UserError(f"--eval_split={cfg.eval_split}: {cfg.data} has rows of {known}")
 
     def keep(texts, rows):  # the evaluation is that of training; here the answers are wanted, too
         answers.update(zip(map(id, rows), texts))

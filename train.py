@@ -36,7 +36,7 @@ class Settings:
     arch: str = setting("encdec", "encoder-decoder, or decoder-only", ("encdec", "dec"))
     preset: str = setting("nano", "size, with the defaults tuned for it", tuple(PRESETS))
     split: str = setting("2/3", "the encoder's share of the layers", ("1/3", "1/2", "2/3"))
-    n_enc: int = setting(None, "encoder layers, not --split", low=1, high=256)
+    n_enc: int = setting(None, "encoder layers, not --split", high=256)
     n_dec: int = setting(None, "decoder layers, not --split", low=1, high=256)
     cross_rope: bool = setting(None, "RoPE in cross-attention [on for tasks]")
     objective: str = setting(None, "[span for encdec, causal for dec]", tuple(OBJECTIVES))
@@ -99,6 +99,8 @@ def resolve(cfg):
         raise UserError(f"--data={cfg.data} is a task: leave --objective={cfg.objective} out")
     if cfg.objective == "seq2seq" and cfg.data in ("pycode", "pycode-full"):
         raise UserError(f"--data={cfg.data} is text without targets; docstring makes a task of it")
+    if cfg.arch == "encdec" and cfg.n_enc == 0:
+        raise UserError("--n_enc=0: a model without an encoder is --arch=dec")
     if cfg.arch == "dec" and (cfg.n_enc or cfg.cross_rope):
         raise UserError("--n_enc and --cross_rope are for --arch=encdec")
     defaults = dict(PRESETS[cfg.preset]["train"], vocab_size=PRESETS[cfg.preset]["vocab_size"])

@@ -317,7 +317,7 @@ def test_new_runs_never_touch_old_ones(run_train):
         (["--threads=4000"], "--threads"),
         (["--eval_rows=100000000000"], "--eval_rows"),
         (["--vocab_size=100000000000000000000000"], "--vocab_size"),
-        (["--n_enc=0"], "--n_enc"),
+        (["--n_enc=0"], "--arch=dec"),
         (["--max_iters"], "--max_iters"),
         (["--out=/proc/nowhere"], "/proc/nowhere"),
         (["stray"], "stray"),
