@@ -157,15 +157,17 @@ def both_losses(model, references, answered, heard, cfg):
         student = (model.logits(states)[:, : heard.size(1)].float() / cfg.tau).log_softmax(-1)
         return divergence(student, (heard.float() / cfg.tau).log_softmax(-1), cfg.kl).sum()
 
-    batches = (to_device(batch, model.embed.weight.device) for batch in (references, answered))
-    (src, tgt, mask), (_, said, said_mask) = batches
+    # A mask as an index would make a GPU wait: it does not know how many rows come out.
+    batches = [(src, tgt, mask.ravel().nonzero()[0]) for src, tgt, mask in (references, answered)]
+    batches = (to_device(batch, model.embed.weight.device) for batch in batches)
+    (src, tgt, at), (_, said, said_at) = batches
     # Where the answers are the references, one reading of the student serves both losses.
     same, n_words = heard is None or cfg.sequences == "data", 2 * model.config.vocab_size
     states = states_at(model, src, *([tgt] if same else [tgt, said]))
-    ce = in_chunks(cross_entropy, n_words, states[0][mask], tgt[mask])
+    ce = in_chunks(cross_entropy, n_words, states[0].flatten(0, 1)[at], tgt.flatten()[at])
     if heard is None:
         return ce, torch.zeros_like(ce)
-    return ce, in_chunks(softened, n_words, states[-1][said_mask], heard)
+    return ce, in_chunks(softened, n_words, states[-1].flatten(0, 1)[said_at], heard)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -191,9 +193,10 @@ class OwnTeacher:
         return [[*source.tolist(), self.tokenizer.sep] for source in pairs.sources]
 
     def read(self, prompts, answers):
-        batch = make_batch([p[:-1] for p in prompts], answers, self.tokenizer, True)
-        _, ids, answer = to_device(batch, self.model.embed.weight.device)
-        return self.model.logits(self.model.states(None, ids)[answer])[:, : self.n_ids]
+        _, ids, answer = make_batch([p[:-1] for p in prompts], answers, self.tokenizer, True)
+        ids, at = to_device((ids, answer.ravel().nonzero()[0]), self.model.embed.weight.device)
+        states = self.model.states(None, ids).flatten(0, 1)[at]
+        return self.model.logits(states)[:, : self.n_ids]
 
     def write(self, prompts, n, seed):
         return drawn(self.model, prompts, n, seed, self.n_ids)

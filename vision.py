@@ -177,7 +177,7 @@ class Tower(nn.Module):
     def forward(self, tiles):
         """tiles (B, size, size, 3) of bytes -> features of the patches (B, side * side, n_embd)."""
         side, patch, like = self.cfg.side, self.cfg.patch, self.patches.weight
-        mean, std = (torch.tensor(x, device=like.device) for x in (self.cfg.mean, self.cfg.std))
+        mean, std = to_device(map(np.float32, (self.cfg.mean, self.cfg.std)), like.device)
         x = ((tiles / 255 - mean) / std).to(like.dtype)
         x = x.unflatten(2, (side, patch)).unflatten(1, (side, patch))  # (B, side, patch, side, ...
         x = self.patches(x.permute(0, 1, 3, 5, 2, 4).flatten(3).flatten(1, 2))  # (B, side^2, C)
@@ -257,7 +257,7 @@ class VisionLM(lm.Transformer):
         scores, extra = None, 0 * self.embed_marker.sum()
         if not pictures:
             return self.embed_marker.new_zeros(0, len(self.embed_marker)), [], extra
-        tiles = torch.from_numpy(np.concatenate([p.tiles for p in pictures])).to(device)
+        (tiles,) = to_device([np.concatenate([p.tiles for p in pictures])], device)
         trained = torch.is_grad_enabled() and self.tower.embed_position.requires_grad
         # What needs no gradient need not be kept: 16 tiles at a time.
         features = torch.cat([self.tower(x) for x in tiles.split(len(tiles) if trained else 16)])
@@ -272,9 +272,10 @@ class VisionLM(lm.Transformer):
             if of_tiles.any():  # the thumbnail, a picture's first input, stays whole
                 extra = (weights[torch.from_numpy(of_tiles)].mean() - cfg.keep) ** 2
         orders, rows = token_orders(pictures, cfg, scores)
+        (rows,) = to_device([rows], device)
         table = torch.cat((tokens.flatten(0, 1), self.embed_marker[None].to(tokens.dtype)))
         # The marker is read often. An embedding adds up its gradient in a fixed order.
-        return F.embedding(torch.from_numpy(rows).to(device), table), orders, extra
+        return F.embedding(rows, table), orders, extra
 
     def look_at(self, images):
         """The tokens (N, C) of the pictures of the next call, in the order of their placeholders;
@@ -286,13 +287,14 @@ class VisionLM(lm.Transformer):
     def embedded(self, ids):
         """(B, T) -> (B, T, C), the pictures' tokens at their placeholders."""
         x, here = super().embedded(ids), ids == self.vision.image_id
-        n = int(here.sum())
+        counts = here.sum(1)  # each row's; its pictures are padded: (B, P, C)
+        each = counts.tolist() if ids.size(1) > 1 else [0]  # a token of an answer is no picture
+        n = sum(each)
         if n == 0:
             return x
         if len(self.images) != n:
             raise UserError(f"{n} placeholders for pictures, which have {len(self.images)} tokens")
-        counts = here.sum(1)  # each row's; its pictures are padded: (B, P, C)
-        pictures = nn.utils.rnn.pad_sequence(self.images.split(counts.tolist()), True)
+        pictures = nn.utils.rnn.pad_sequence(self.images.split(each), True)
         mask = torch.arange(pictures.size(1), device=ids.device) < counts[:, None]
         for block in self.looking:
             block.sight = *block.look.keys_values(pictures), mask
