@@ -74,6 +74,7 @@ class Settings:
 
 
 TASK_ROWS = dict(src_len=512, tgt_len=256, batch_size=8)  # for presets that read less
+REVERSE = dict(src_len=64, tgt_len=32, batch_size=16), 300  # rows and steps of a task of few words
 FREE = "init_from out max_iters eval_interval eval_rows device threads compile dtype".split()
 TIMED = (8, 40)  # the steps that --max_minutes measures; the first ones are slower
 
@@ -106,6 +107,9 @@ def resolve(cfg):
     defaults = dict(PRESETS[cfg.preset]["train"], vocab_size=PRESETS[cfg.preset]["vocab_size"])
     if cfg.objective == "seq2seq" and defaults["src_len"] < TASK_ROWS["src_len"]:
         defaults |= TASK_ROWS
+    if cfg.data == "reverse":
+        defaults |= REVERSE[0]
+        cfg.max_iters = cfg.max_iters or (None if cfg.max_minutes else REVERSE[1])
     if cfg.max_iters:
         defaults["max_minutes"] = None
     for name, value in defaults.items():
