@@ -187,7 +187,7 @@ def score_relaxed(predictions, rows):
     right = [relaxed(p, r) for p, r in zip(predictions, targets(rows))]
     found = dict(relaxed=mean(right))
     for kind in sorted({row["kind"] for row in rows if "kind" in row}):
-        found[f"relaxed_{kind}"] = mean(r for r, row in zip(right, rows) if row["kind"] == kind)
+        found[f"relaxed_{kind}"] = mean(r for r, row in zip(right, rows) if row.get("kind") == kind)
     return found
 
 

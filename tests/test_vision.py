@@ -108,6 +108,9 @@ def test_pictures_that_cannot_be_used_are_named(tmp_path):
         if name != "cut":
             with pytest.raises(UserError):
                 picture_tasks.size_of(str(tmp_path / name), name)
+    os.mkfifo("pipe")  # nobody writes into it
+    with pytest.raises(UserError, match="pipe cannot be read as a picture: .* no plain file"):
+        picture_tasks.size_of("pipe", "pipe")
 
 
 def test_a_strange_vision_json_is_named(tmp_path):
