@@ -336,8 +336,7 @@ def time_training(cfg, arch, engine, shape):
     compiled = world.compile and engine != "t5"
     if compiled:
         compile_parts(model, [(src, tgt, mask)], world)
-    src, tgt, mask = to_device((src, tgt, mask), world.device)
-    seconds = []
+    seconds, (src, tgt, mask) = [], to_device((src, tgt, mask), world.device)
     for _ in range(cfg.repeats + 2):
         begin = time.perf_counter()
         for _ in range(cfg.grad_accum):
