@@ -70,12 +70,11 @@ def open_texts(data, kind, files=None):
         if "text" not in row:
             columns = ", ".join(map(str, row))
             raise UserError(f"--data={data}: the column `text`, which is read, is not in {columns}")
-        if not isinstance(row["text"], str | None):
-            raise UserError(
-                f"--data={data}: the column `text` holds a {type(row['text']).__name__}"
-            )
-        if row["text"]:
-            yield row["text"]
+        text = row["text"]
+        if not isinstance(text, str | None):
+            raise UserError(f"--data={data}: the column `text` holds {type(text).__name__}")
+        if text:
+            yield text
 
 
 def held_out(documents, split):

@@ -207,12 +207,13 @@ def to_foreign(tokenizer, bos_id):
         foreign = Foreign.from_str(tokenizer.source)
     else:
         letters = letters_of_bytes()
-        spell = ["".join(letters[byte] for byte in token) for token in tokenizer.ranks]
-        merges = [
-            tuple("".join(letters[byte] for byte in part) for part in pair)
-            for pair in merges_of(tokenizer.ranks)
-        ]
-        foreign = Foreign(models.BPE({piece: i for i, piece in enumerate(spell)}, merges))
+
+        def spell(token):
+            return "".join(letters[byte] for byte in token)
+
+        vocabulary = {spell(token): i for i, token in enumerate(tokenizer.ranks)}
+        merges = [(spell(one), spell(two)) for one, two in merges_of(tokenizer.ranks)]
+        foreign = Foreign(models.BPE(vocabulary, merges))
         steps = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
         if tokenizer.pattern:
             steps.insert(0, pre_tokenizers.Split(Regex(tokenizer.pattern), "isolated"))

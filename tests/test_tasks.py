@@ -239,8 +239,8 @@ def test_learns_to_translate_letters(base, tmp_path, monkeypatch, capsys):
     """For both architectures the source matters, and the best weights are kept."""
     columns = ["--source_col=source", "--target_col=target"]  # which say that it is a task
     argv = [*base, f"--data={letters(tmp_path)}", *columns, "--vocab_size=300", "--batch_size=16"]
-    argv += ["--src_len=8", "--tgt_len=8", "--max_iters=90", "--eval_interval=90", "--eval_rows=0"]
-    argv += ["--lr=1e-2", "--embed_lr=1e-2", "--threads=1", "--out=run"]
+    argv += ["--src_len=8", "--tgt_len=8", "--max_iters=60", "--eval_interval=60", "--eval_rows=0"]
+    argv += ["--lr=3e-2", "--embed_lr=1e-2", "--threads=1", "--out=run"]
     status, out, err = call(train.main, argv, monkeypatch, capsys)
     assert status == 0, err
     assert "--vocab_size=300 is ignored: --tokenizer=bytes has 517 ids" in out + err
