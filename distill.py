@@ -93,7 +93,7 @@ class Settings:
     compile: str = setting("auto", "torch.compile", ("auto", "true", "false"))
     threads: int = setting(0, "CPU threads; 0 is torch's choice", high=4096)
     # No keys: of a text alone, told by --split, or the teacher's.
-    decontaminate, vocab_size, n_enc, n_dec, tokenizer = None, None, None, None, "bpe"
+    checkpoint_blocks, vocab_size, n_enc, n_dec, tokenizer = None, None, None, None, "bpe"
 
 
 def resolve(cfg):

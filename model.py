@@ -104,6 +104,7 @@ MEDIUM = SHORT | dict(src_len=512, tgt_len=128, batch_size=64, lr=5e-3, embed_lr
 MEDIUM |= dict(warmup_iters=100, max_minutes=10)
 PAPER = dict(src_len=1024, tgt_len=256, batch_size=32, lr=3e-4, embed_lr=3e-4, warmup_iters=2000)
 PAPER |= dict(schedule="cosine", max_minutes=600)  # section 3.3 of the paper
+DEEP = PAPER | dict(checkpoint_blocks=True)
 PLAIN = dict(qk_norm=False, bias="none")  # the paper's dialect
 PRESETS = {
     # name       vocab width heads kv dim MLP layers    1/3 1/2 2/3
@@ -113,10 +114,10 @@ PRESETS = {
     "mini": preset("8192 256 4 4 64 640 8", "2+5 4+4 5+2", SHORT | dict(lr=8e-3, max_minutes=20)),
     "small": preset("16384 448 7 7 64 1216 9", "3+5 4+4 5+3", MEDIUM),
     "base": preset("32768 768 6 2 128 2072 12", "4+7 5+5 7+4", PAPER | dict(lr=2e-3)),
-    "330m": preset("32768 768 6 2 128 2072 48", "12+32 22+22 32+12", PAPER, **PLAIN),
-    "500m": preset("32768 960 8 2 128 2528 48", "12+32 22+22 32+12", PAPER, **PLAIN),
-    "800m": preset("32768 1280 10 2 128 3088 48", "12+32 22+22 32+12", PAPER, **PLAIN),
-    "1b": preset("32768 1344 10 2 128 3896 48", "12+32 22+22 32+12", PAPER, **PLAIN),
+    "330m": preset("32768 768 6 2 128 2072 48", "12+32 22+22 32+12", DEEP, **PLAIN),
+    "500m": preset("32768 960 8 2 128 2528 48", "12+32 22+22 32+12", DEEP, **PLAIN),
+    "800m": preset("32768 1280 10 2 128 3088 48", "12+32 22+22 32+12", DEEP, **PLAIN),
+    "1b": preset("32768 1344 10 2 128 3896 48", "12+32 22+22 32+12", DEEP, **PLAIN),
 }
 
 

@@ -24,7 +24,7 @@ from data.objectives import OBJECTIVES, count_tokens, examples
 from data.sets import open_data
 from data.tasks import is_task
 from data.tokenizer import load_tokenizer
-from lib.device import catch_signals, compile_parts, eager, start, to_device
+from lib.device import catch_signals, compile_parts, eager, fit_memory, start, to_device
 from lib.evaluate import show_text, task_metrics, text_metrics
 from lib.runs import Log, is_better, new_run, read_run, restore, resumed, save_best, save_checkpoint
 from lib.settings import UserError, given, read_settings, script, setting
@@ -70,12 +70,14 @@ class Settings:
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: str = setting("auto", "of matrix products", ("auto", "float32", "bfloat16"))
     compile: str = setting("auto", "torch.compile", ("auto", "true", "false"))
+    checkpoint_blocks: bool = setting(None, "keep less for the backward pass [on from 330m]")
     threads: int = setting(0, "CPU threads; 0 is torch's choice", high=4096)
 
 
 TASK_ROWS = dict(src_len=512, tgt_len=256, batch_size=8)  # for presets that read less
 REVERSE = dict(src_len=64, tgt_len=32, batch_size=16), 300  # rows and steps of a task of few words
 FREE = "init_from out max_iters eval_interval eval_rows device threads compile dtype".split()
+FREE += ["checkpoint_blocks"]
 TIMED = (8, 40)  # the steps that --max_minutes measures; the first ones are slower
 
 
@@ -280,6 +282,7 @@ def main():
         name = f"{cfg.arch}-{cfg.preset}-{os.path.basename(cfg.data.rstrip('/'))}"
         cfg.out = new_run(name, cfg, world, train_set, valid_set)
     pad, metric = train_set.tokenizer.pad, train_set.metric  # metric: chooses the best checkpoint
+    fit_memory(model, train_set, cfg, world)
     if world.compile:
         early = range(16 if cfg.objective == "seq2seq" else 1)  # a task's rows differ in length
         rows = world.rows(0, cfg.batch_size)

@@ -99,6 +99,7 @@ class Settings:
     compile: str = setting("auto", "torch.compile", ("auto", "true", "false"))
     threads: int = setting(0, "CPU threads; 0 is torch's choice", high=4096)
     objective: str = setting("seq2seq", "for those who read run.json", ("seq2seq",))
+    checkpoint_blocks = None  # the preset's
 
 
 SMALL_ROWS = dict(src_len=1024, tgt_len=64, batch_size=5, max_minutes=10, vocab_size=1024)
@@ -269,8 +270,9 @@ class VisionLM(lm.Transformer):
             tokens = tokens * 2 * weights[:, :, None].to(tokens.dtype)
             scores = weights.detach().cpu().numpy()
             of_tiles = np.concatenate([np.arange(len(p.tiles)) > 0 for p in pictures])
-            if of_tiles.any():  # the thumbnail, a picture's first input, stays whole
-                extra = (weights[torch.from_numpy(of_tiles)].mean() - cfg.keep) ** 2
+            (places,) = to_device(of_tiles.nonzero(), device)
+            if len(places):  # the thumbnail, a picture's first input, stays whole
+                extra = (weights[places].mean() - cfg.keep) ** 2
         orders, rows = token_orders(pictures, cfg, scores)
         (rows,) = to_device([rows], device)
         table = torch.cat((tokens.flatten(0, 1), self.embed_marker[None].to(tokens.dtype)))

@@ -8,12 +8,14 @@ import shutil
 import signal
 import sys
 from datetime import timedelta
+from functools import partial
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from lib.settings import UserError, printable, progress
@@ -49,6 +51,7 @@ class World:
         # Compiling takes half a minute on a CPU, and trains 1.4 times as fast after that.
         long = (getattr(cfg, "max_minutes", None) or 0) > 2 and shutil.which("g++")
         pays = self.device.type == "cuda" or (self.device.type == "cpu" and long)
+        self.checkpoint = getattr(cfg, "checkpoint_blocks", False)
         self.compile = wanted == "true" or (wanted == "auto" and bool(pays))
 
     def autocast(self):
@@ -66,8 +69,11 @@ class World:
         return progress(rows, what, disable=self.rank > 0, **more)
 
     def place(self, model):
-        """The model on this device, with the attention kernel that suits it."""
-        return tune(model.to(self.device))
+        """The model on this device, with the attention that suits it."""
+        model = tune(model.to(self.device))
+        if self.checkpoint:
+            checkpoint_blocks(model)
+        return model
 
     def describe(self):
         how, threads = "compiled" if self.compile else "eager", torch.get_num_threads()
@@ -120,6 +126,8 @@ def find_device(name):
     others = ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     usable = gpus[int(os.environ.get("LOCAL_RANK", 0)) :] + others
     wanted = (gpus or others)[0].split(":")[0] if name == "auto" else name
+    if "LOCAL_RANK" in os.environ and name.startswith("cuda:"):
+        raise UserError(f"--device={name}: torchrun gives each process a GPU: use --device=cuda")
     for device in usable:
         if wanted in (device, device.split(":")[0]):
             return torch.device(device)
@@ -154,12 +162,12 @@ def keep_memory():
 # A CPU's ways, put around the model
 
 
-def cpu_attention(q, k, v, mask, causal):
-    """The same as model.scaled_dot_product. In bfloat16, torch's fused kernel does not use the
-    CPU's matrix units, so the formula written out is twice as fast. Where no mask depends on the
+def fast_attention(q, k, v, mask, causal):
+    """The same as model.scaled_dot_product. In bfloat16, torch's fused kernel does not use a CPU's
+    matrix units, so the formula written out is twice as fast there. Where no mask depends on the
     query, a group's query heads are laid out along T: up to six times as fast as GQA in torch."""
     B, H, T, D = q.shape
-    if T > 1 and q.dtype == torch.bfloat16:
+    if q.is_cpu and T > 1 and q.dtype == torch.bfloat16:
         with torch.autocast("cpu", enabled=False):  # which would compute softmax in float32
             k, v = k.to(q.dtype), v.to(q.dtype)  # a cache keeps the weights' type
             scores = (q * D**-0.5).reshape(B, k.size(1), -1, D) @ k.mT  # (B, H_kv, H/H_kv T, S)
@@ -172,16 +180,60 @@ def cpu_attention(q, k, v, mask, causal):
     if not causal and (mask is None or mask.size(2) == 1):
         grouped = q.reshape(B, k.size(1), -1, D)
         return F.scaled_dot_product_attention(grouped, k, v, mask).reshape(B, H, T, D)
+    half = q.dtype != torch.float32 or torch.is_autocast_enabled(q.device.type)
+    if not q.is_cpu and k.size(1) < H and (mask is not None or not half):
+        # On a GPU only flash attention knows groups; without it, all scores would be kept.
+        k, v = (x.repeat_interleave(H // x.size(1), dim=1) for x in (k, v))
     return scaled_dot_product(q, k, v, mask, causal)
 
 
 def tune(model):
-    """Chooses the attention kernel for the device that the model is on."""
-    kernel = cpu_attention if model.embed.weight.is_cpu else scaled_dot_product
+    """Gives the model the attention that is fast on its device."""
     for module in model.modules():
         if isinstance(module, Attention):
-            module.kernel = kernel
+            module.kernel = fast_attention
     return model
+
+
+def checkpoint_blocks(model):
+    """Of each block only the input is kept for the backward pass, which computes the rest again: a
+    third more work for a fraction of the memory."""
+    for block in [*model.enc, *model.dec]:
+        block.forward = partial(recomputed, block.forward)
+
+
+def recomputed(forward, *inputs):
+    if not torch.is_grad_enabled():
+        return forward(*inputs)
+    return checkpoint(forward, *inputs, use_reentrant=False)
+
+
+def try_pass(model, batch, world):
+    room = [torch.empty_like(p) for p in model.parameters() for _ in range(3)]
+    with world.autocast():
+        model(*to_device(batch, world.device)).backward()
+    return len(room)
+
+
+def fit_memory(model, train_set, cfg, world):
+    """Before training on a GPU: one pass over the largest of the first batches, beside room for the
+    optimizers. Where memory is short, rows a pass are halved and passes doubled until it fits; the
+    rows of a step stay what they are."""
+    while world.device.type != "cpu":
+        rows = world.rows(0, cfg.batch_size)
+        batches = [train_set.batch(step, rows) for step in range(16)]
+        fits = False
+        with contextlib.suppress(torch.OutOfMemoryError):
+            try_pass(model, max(batches, key=lambda batch: batch[1].size), world)
+            fits = True
+        model.zero_grad(set_to_none=True)
+        if all(world.gather(fits)):
+            return
+        if cfg.batch_size % 2:
+            raise UserError(f"--batch_size={cfg.batch_size} rows do not fit into {world.device}")
+        cfg.batch_size, cfg.grad_accum = cfg.batch_size // 2, cfg.grad_accum * 2
+        size = f"--batch_size={cfg.batch_size} --grad_accum={cfg.grad_accum}"
+        world.say(f"{world.device} has too little memory: going on with {size}, the same rows")
 
 
 def pack(model):
