@@ -180,7 +180,7 @@ def fast_attention(q, k, v, mask, causal):
     if not causal and (mask is None or mask.size(2) == 1):
         grouped = q.reshape(B, k.size(1), -1, D)
         return F.scaled_dot_product_attention(grouped, k, v, mask).reshape(B, H, T, D)
-    half = q.dtype != torch.float32 or torch.is_autocast_enabled(q.device.type)
+    half = q.dtype != torch.float32 or torch.is_autocast_enabled("cuda")
     if not q.is_cpu and k.size(1) < H and (mask is not None or not half):
         # On a GPU only flash attention knows groups; without it, all scores would be kept.
         k, v = (x.repeat_interleave(H // x.size(1), dim=1) for x in (k, v))
