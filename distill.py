@@ -210,6 +210,7 @@ class ForeignTeacher:
         try:
             import transformers
 
+            check_teacher(name)
             load = transformers.AutoModelForCausalLM.from_pretrained
             model = load(name, dtype=world.dtype, use_safetensors=True).to(world.device)
             self.model = model.eval().requires_grad_(False)
@@ -222,10 +223,8 @@ class ForeignTeacher:
             self.text = transformers.AutoTokenizer.from_pretrained(name)
             self.folder = os.path.dirname(transformers.utils.cached_file(name, "tokenizer.json"))
         except Exception as error:  # the libraries raise many kinds
-            raise UserError(
-                f"--teacher={cfg.teacher} cannot be used: {str(error)[:200]}. It takes weights as "
-                "safetensors and a tokenizer.json, and pip install 'nanoencdec[teacher]'"
-            ) from None
+            why = f"--teacher={cfg.teacher} cannot be used: {str(error)[:200]}. It takes safetensors"
+            raise UserError(f"{why}, tokenizer.json, pip install 'nanoencdec[teacher]'") from None
         self.model.generation_config = transformers.GenerationConfig()  # no penalties
         self.tokenizer = load_tokenizer(self.folder)
         self.n_ids = self.tokenizer.n_text  # its embedding may have more rows, which mean nothing

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import pickle
+import re
 from dataclasses import replace
 
 import torch
@@ -45,21 +46,36 @@ def local_folder(name, where):
         raise UserError(f"{where}: no such folder, and no such model ({reason})") from None
 
 
-def read_weights(folder, where):
-    """The tensors of a folder: of model.safetensors, or of all files that its index names."""
-    index, tensors = os.path.join(folder, "model.safetensors.index.json"), {}
-    names = ["model.safetensors"]
+def weight_files(folder):
+    """The files of weights in a folder: model.safetensors, or all that its index names."""
+    index, names = os.path.join(folder, "model.safetensors.index.json"), ["model.safetensors"]
     if os.path.exists(index):
         names = read_json(index).get("weight_map")
         names = sorted(set(map(str, names.values()))) if type(names) is dict else []
         if not names or any(os.path.basename(name) != name for name in names):
             raise UserError(f"{index} names no files of its own folder")
-    for name in names:
+    return [os.path.join(folder, name) for name in names]
+
+
+def check_teacher(folder):
+    """UserError for a local folder with which `transformers` would go elsewhere, or never end."""
+    path = os.path.join(folder, "config.json")
+    if os.path.exists(path):  # an adapter has none
+        weight_files(folder)
+        if re.search(r'layers?": \d{4}', json.dumps(read_json(path))):
+            raise UserError(f"{path} tells of thousands of layers")
+
+
+def read_weights(folder, where):
+    """The tensors of a folder."""
+    tensors = {}
+    for path in weight_files(folder):
         try:
-            tensors |= load_file(os.path.join(folder, name))
+            # A pipe would wait for its writer.
+            tensors |= load_file(path if os.path.isfile(path) else "")
         except (SafetensorError, OSError) as error:
             reason = "missing, truncated or no safetensors; pickles, which can run code, are left"
-            raise UserError(f"{where}: {name} is {reason} ({type(error).__name__})") from None
+            raise UserError(f"{where}: {path} is {reason} ({type(error).__name__})") from None
     return tensors
 
 
