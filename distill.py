@@ -46,6 +46,7 @@ from data.tokenizer import load_tokenizer
 from lib.device import catch_signals, compile_parts, eager, start, to_device
 from lib.runs import Log, is_better, new_run, read_run, restore, save_best, save_checkpoint
 from lib.settings import UserError, read_json, read_settings, script, setting
+from lib.weights import check_teacher
 from model import PRESETS, Transformer, read_config, shift_right
 from train import TIMED, evaluate, lr_share, make_model, make_optimizers, steps_that_fit
 

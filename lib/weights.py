@@ -178,6 +178,7 @@ def load_mu(path, where):
     """The released checkpoint: model_state_dict and, in newer ones, model_config. Of two query
     heads in a group the second stands behind all groups, so the heads are put into our order."""
     try:
+        path = path if os.path.isfile(path) else ""  # a pipe would wait for its writer
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         about = dict(n_head=6, n_kv_head=3, block_size=1024, rope_theta=10000, rope_factor=1)
         about |= state.get("model_config") or {}
