@@ -71,8 +71,9 @@ def read_weights(folder, where):
     tensors = {}
     for path in weight_files(folder):
         try:
-            # A pipe would wait for its writer.
-            tensors |= load_file(path if os.path.isfile(path) else "")
+            if not os.path.isfile(path):  # a pipe would wait for its writer
+                raise FileNotFoundError
+            tensors |= load_file(path)
         except (SafetensorError, OSError) as error:
             reason = "missing, truncated or no safetensors; pickles, which can run code, are left"
             raise UserError(f"{where}: {path} is {reason} ({type(error).__name__})") from None
@@ -178,7 +179,8 @@ def load_mu(path, where):
     """The released checkpoint: model_state_dict and, in newer ones, model_config. Of two query
     heads in a group the second stands behind all groups, so the heads are put into our order."""
     try:
-        path = path if os.path.isfile(path) else ""  # a pipe would wait for its writer
+        if not os.path.isfile(path):  # a pipe would wait for its writer
+            raise FileNotFoundError("missing or no plain file")
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         about = dict(n_head=6, n_kv_head=3, block_size=1024, rope_theta=10000, rope_factor=1)
         about |= state.get("model_config") or {}
