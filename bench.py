@@ -491,7 +491,7 @@ def score_text(model, about, cfg, world):
     about.arch = "encdec" if model.config.n_enc else "dec"
     valid_set = TextSet(corpus, "val", about)
     found = text_metrics(model, valid_set, cfg.eval_rows, 32, world)
-    found["perplexity"] = math.exp(min(700, found["text_loss"]))
+    found["perplexity"] = math.exp(min(700, found["val_loss"]))
     found["continuation_loss"] = continuation_loss(model, valid_set, about, cfg, world)
     return found
 

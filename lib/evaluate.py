@@ -4,7 +4,6 @@ import math
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from data.metrics import score
 from data.sets import evenly
@@ -13,25 +12,19 @@ from lib.device import to_device
 
 @torch.no_grad()
 def text_metrics(model, valid_set, n_rows, batch_size, world):
-    """val_loss, over all targets, and text_loss, over those that are text, both in nats a token;
-    and bits per byte of that text."""
-    tokenizer, sums = valid_set.tokenizer, np.zeros(5)
+    """val_loss, in nats a target token, and the same in bits per byte of the targets' text, which
+    models with other tokenizers can be compared by."""
+    sums = np.zeros(3)  # nats, targets, bytes
     for number, batch in enumerate(valid_set.held_out(n_rows, batch_size)):
-        if number % world.size != world.rank:
-            continue
-        src, tgt, loss_mask = to_device(batch, world.device)
-        with world.autocast():
-            logits = model.logits(model.states(src, tgt)).flatten(0, 1).float()
-        nll = F.cross_entropy(logits, tgt.flatten(), reduction="none").view_as(tgt)
-        # A tokenizer from elsewhere has its end-of-sequence among the ids of text.
-        text = loss_mask & (tgt < tokenizer.n_text) & (tgt != tokenizer.eos)
-        n_bytes = len(tokenizer.bytes_of(tgt[text].tolist()))
-        for i, seen in ((0, loss_mask), (2, text)):
-            sums[i : i + 2] += nll[seen].sum().item(), seen.sum().item()
-        sums[4] += n_bytes
-    nll, n, text_nll, n_text, n_bytes = world.sum(*sums)
-    losses = dict(val_loss=nll / max(1, n), text_loss=text_nll / max(1, n_text))
-    return losses | dict(bits_per_byte=text_nll / max(1, n_bytes) / math.log(2))
+        if number % world.size == world.rank:
+            src, tgt, loss_mask = to_device(batch, world.device)
+            with world.autocast():
+                sums[0] += model(src, tgt, loss_mask).item()
+            targets = batch[1][batch[2]].tolist()
+            sums[1:] += len(targets), len(valid_set.tokenizer.bytes_of(targets))
+    nats, n_targets, n_bytes = world.sum(*sums)
+    bits = nats / math.log(2)
+    return dict(val_loss=nats / max(1, n_targets), bits_per_byte=bits / max(1, n_bytes))
 
 
 @torch.no_grad()

@@ -127,7 +127,7 @@ def test_quality_of_text(run, text_file, objective):
     more = [f"--data={text_file}", f"--objective={objective}", "--max_iters=2", "--out=run"]
     run.trained(["train.py", *(TINY_ENC if objective == "span" else TINY_DEC), *more])
     status, out, [row] = run("quality", "--run=run", "--eval_rows=3", "--dtype=float32")
-    assert status == 0 and math.log(row["perplexity"]) == pytest.approx(row["text_loss"], abs=0.01)
+    assert status == 0 and math.log(row["perplexity"]) == pytest.approx(row["val_loss"], abs=0.01)
     corpus, losses = bench.prepare(text_file, "run", log=str), []
     tok, text, model = corpus.tokenizer, corpus.splits["val"], Transformer.load("run").eval()
     for start in np.linspace(0, len(text) - 45, 3).astype(int):
