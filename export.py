@@ -33,7 +33,7 @@ from onnx import TensorProto, helper
 from data.objectives import OBJECTIVES, make_batch, uniforms
 from data.tokenizer import load_tokenizer
 from lib import weights
-from lib.runs import newest_run, read_run, write_json
+from lib.runs import can_write, newest_run, read_run, write_json
 from lib.runtime import FILE, About, Exported, Static, is_export
 from lib.settings import UserError, read_json, read_settings, script, setting
 from model import Transformer, shift_right
@@ -41,6 +41,8 @@ from model import Transformer, shift_right
 MS = "com.microsoft"
 CHUNK = 128  # tokens of its prompt that a static decoder-only graph reads at a time
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
+WRITTEN = {FILE, "tokenizer.json", "weights.bin"}  # all that an export has in it
+WRITTEN |= {"encoder.onnx", "prefill.onnx", "decoder.onnx"}
 REPORT = """{params:,} parameters in {bytes:,} bytes; on {rows} held-out rows {text}:
     loss {loss:.4f}, torch {torch_loss:.4f} ({loss_change:+.2%})
     largest logit difference {logit_difference:.2g}, logits up to {largest_logit:.3g}
@@ -57,8 +59,8 @@ class Settings:
     n_dec: int = setting(None, "run: the same of its decoder", low=1)
     precision: str = setting("fp32", "of the weights; an encoder has at least int8", PRECISIONS)
     static: bool = setting(False, "fixed shapes and plain operators, for compilers of NPUs")
-    src_len: int = setting(None, "static: longest source [as trained]", low=1, high=2**20)
-    tgt_len: int = setting(None, "static: slots of the decoder", low=4, high=2**20)
+    src_len: int = setting(None, "static: longest source [as trained]", low=1, high=2**13)
+    tgt_len: int = setting(None, "static: slots of the decoder", low=4, high=2**13)
     threads: int = setting(0, "CPU threads; 0 is the libraries' own choice", high=4096)
     json: str = setting(None, "write the report to this file")
 
@@ -76,6 +78,7 @@ def check(cfg):
         (cfg.tokenizer and cfg.format != "run", "--tokenizer is for --format=run"),
         (cfg.static and cfg.format != "onnx", "--static is for --format=onnx"),
         (cfg.json and cfg.format != "onnx", "--json is for --format=onnx"),
+        (cfg.json and not can_write(cfg.json), f"--json={cfg.json} cannot be written"),
         (lengths and not cfg.static, "--src_len and --tgt_len are for --static"),
         (cfg.precision not in allowed, f"--precision: there is {', '.join(allowed)} here"),
     ):
@@ -767,7 +770,11 @@ def inputs_of(tgt, bos_id):
 def prove(model, twin):
     """UserError unless float32 graphs say what torch says in training: for one row and several,
     for short sources and ones past the trained length, for pasts of several lengths."""
-    cfg, rng, steps = model.config, np.random.default_rng(0), 3
+    # Graphs know of no trained length, so a short one will do.
+    model, twin, rng, steps = copy.copy(model), copy.copy(twin), np.random.default_rng(0), 3
+    short = {name: min(64, getattr(model.config, name)) for name in ("src_len", "tgt_len")}
+    model.config, twin.config = (replace(x.config, **short) for x in (model, twin))
+    cfg = model.config
     cases = [([5], [4]), ([1, 9, 4], [2, 6, 3]), ([cfg.src_len + 8], [cfg.tgt_len + 5])]
     if twin.config.static:
         longest = twin.shapes["encoder"]["tokens"][1] if cfg.n_enc else 1
@@ -852,6 +859,7 @@ def export_run(cfg, folder):
         if cfg.src_len and not config.n_enc:
             raise UserError("--src_len: a decoder-only model has no encoder")
         lengths = cfg.src_len or config.src_len, cfg.tgt_len or max(4, config.tgt_len)
+        lengths = [min(length, 2**13) for length in lengths]
         new = min(new, lengths[1] // 2)
         batch, room = fitting(batch, *lengths), lengths[1] - new
         # Ranges of activations are not taken from the rows of the report.
@@ -888,10 +896,11 @@ def main():
     check(cfg)
     kind = "hf" if cfg.format == "hf" else "static-" * cfg.static + cfg.precision
     out = (cfg.out or f"{cfg.run}-{kind}").rstrip("/")
-    if os.path.exists(out) and not is_export(out) and (os.path.isfile(out) or os.listdir(out)):
+    plain = os.path.isdir(out) and not os.path.islink(out)
+    if os.path.lexists(out) and not (plain and {*os.listdir(out)} <= WRITTEN):
         raise UserError(f"--out={out} holds something else: choose another folder")
     if cfg.threads:
-        torch.set_num_threads(cfg.threads)
+        torch.set_num_threads(min(cfg.threads, os.cpu_count() or 1))
     parent = os.path.dirname(os.path.abspath(out))
     os.makedirs(parent, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".new-", dir=parent) as fresh:

@@ -37,6 +37,11 @@ def replacing(path):
         raise
 
 
+def can_write(path):
+    """Whether a file may be written there: so that it is said before hours of work."""
+    return os.access(os.path.dirname(os.path.abspath(path)), os.W_OK) and not os.path.isdir(path)
+
+
 def write_json(path, value):
     with replacing(path) as new, open(new, "w", encoding="utf-8") as file:
         json.dump(value, file, indent=1)

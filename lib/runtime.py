@@ -88,7 +88,7 @@ class Exported:
         if provider not in onnxruntime.get_available_providers():
             raise UserError(f"--device={device}: this onnxruntime has no {provider}")
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads  # 0 is all physical cores
+        options.intra_op_num_threads = min(threads, os.cpu_count() or 1)  # 0 is all of them
         options.log_severity_level = 3
         graphs = ["encoder"] if cfg.n_enc else ["prefill"] * cfg.static
         self.sessions, self.shapes = {}, {}
@@ -100,10 +100,13 @@ class Exported:
                 raise UserError(f"{path} cannot be loaded: {str(error)[:200]}") from None
             self.sessions[name] = session
             self.shapes[name] = {item.name: item.shape for item in session.get_inputs()}
-        logits, cache = (item.shape for item in session.get_outputs()[:2])
-        inputs = self.shapes["decoder"].keys()
-        found = "mask" in inputs, "memory_key_0" in inputs, logits[-1], cache[-1]
-        fits = found == (cfg.static, cfg.n_enc > 0, cfg.vocab_size, cfg.head_dim)
+        logits, cache = session.get_outputs()[:2]
+        inputs, half = self.shapes["decoder"].keys(), logits.type == "tensor(float16)"
+        found = "mask" in inputs, "memory_key_0" in inputs, logits.shape[-1], cache.shape[-1], half
+        half = cfg.precision == "fp16"
+        fits = found == (cfg.static, cfg.n_enc > 0, cfg.vocab_size, cfg.head_dim, half)
+        fits = fits and min(cfg.tgt_len, cfg.src_len + (cfg.n_enc == 0), cfg.rope_theta) >= 1
+        fits = fits and cfg.pad_id >= 0 and cfg.bos_id >= -1
         if not fits or max(cfg.pad_id, cfg.bos_id, cfg.eos_id) >= cfg.vocab_size:
             raise UserError(f"{folder}: {FILE} does not describe its graphs: export the run again")
 
