@@ -224,8 +224,8 @@ class ForeignTeacher:
             self.text = transformers.AutoTokenizer.from_pretrained(name)
             self.folder = os.path.dirname(transformers.utils.cached_file(name, "tokenizer.json"))
         except Exception as error:  # the libraries raise many kinds
-            takes = "it takes safetensors, tokenizer.json, and pip install 'nanoencdec[teacher]'"
-            raise UserError(f"--teacher={cfg.teacher} cannot be used: {takes} ({error})"[:400]) from None
+            why = f"{str(error)[:200]}; it takes safetensors and pip install 'nanoencdec[teacher]'"
+            raise UserError(f"--teacher={cfg.teacher} cannot be used: {why}") from None
         self.model.generation_config = transformers.GenerationConfig()  # no penalties
         self.tokenizer = load_tokenizer(self.folder)
         self.n_ids = self.tokenizer.n_text  # its embedding may have more rows, which mean nothing

@@ -34,7 +34,7 @@ from data.objectives import OBJECTIVES, make_batch, uniforms
 from data.tokenizer import load_tokenizer
 from lib import weights
 from lib.runs import can_write, newest_run, read_run, write_json
-from lib.runtime import FILE, About, Exported, Static, is_export
+from lib.runtime import FILE, About, Exported, Static
 from lib.settings import UserError, read_json, read_settings, script, setting
 from model import Transformer, shift_right
 
@@ -896,8 +896,8 @@ def main():
     check(cfg)
     kind = "hf" if cfg.format == "hf" else "static-" * cfg.static + cfg.precision
     out = (cfg.out or f"{cfg.run}-{kind}").rstrip("/")
-    plain = os.path.isdir(out) and not os.path.islink(out)
-    if os.path.lexists(out) and not (plain and {*os.listdir(out)} <= WRITTEN):
+    there = os.listdir(out) if os.path.isdir(out) and not os.path.islink(out) else [out]
+    if os.path.lexists(out) and there and not {FILE} <= {*there} <= WRITTEN:
         raise UserError(f"--out={out} holds something else: choose another folder")
     if cfg.threads:
         torch.set_num_threads(min(cfg.threads, os.cpu_count() or 1))
