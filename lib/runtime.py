@@ -94,6 +94,8 @@ class Exported:
         self.sessions, self.shapes = {}, {}
         for name in [*graphs, "decoder"]:
             path = os.path.join(folder, f"{name}.onnx")
+            if not os.path.isfile(path):  # a pipe would wait for its writer
+                raise UserError(f"{path} is missing or no plain file")
             try:
                 session = onnxruntime.InferenceSession(path, options, [provider])
             except Exception as error:  # onnxruntime raises kinds of its own
