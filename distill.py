@@ -392,7 +392,7 @@ def main():
     kind = ForeignTeacher if cfg.teacher.startswith("hf:") else OwnTeacher
     teacher = kind(cfg, world)
     folders = dict(scratch=teacher.folder, resume=cfg.out)
-    cfg.tokenizer = folders.get(cfg.init_from, cfg.init_from)
+    cfg.tokenizer = f"{folders.get(cfg.init_from, cfg.init_from)}/"
     train_set, valid_set = open_data(cfg, world.say, rows_a_step)
     pairs = train_set.pairs
     mine, theirs = train_set.tokenizer, teacher.tokenizer

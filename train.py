@@ -93,7 +93,7 @@ def resolve(cfg):
         cfg.arch = "encdec" if parent.n_enc else "dec"
         preset = read_run(cfg.init_from)["settings"].get("preset")
         cfg.preset = preset if preset in [*PRESETS] else cfg.preset
-        cfg.tokenizer = cfg.init_from
+        cfg.tokenizer = f"{cfg.init_from}/"  # a folder, whatever its name
         cfg.cross_rope = parent.cross_rope if cfg.cross_rope is None else cfg.cross_rope
     wants_task = is_task(cfg.data) or cfg.source_col or cfg.target_col
     text = "span" if cfg.arch == "encdec" else "causal"

@@ -118,7 +118,7 @@ def resolve(cfg):
         cfg.arch = "encdec" if lm.read_config(cfg.init_from).n_enc else "dec"
         preset = read_run(cfg.init_from)["settings"].get("preset")
         cfg.preset = preset if preset in [*lm.PRESETS] else cfg.preset
-        cfg.tokenizer = cfg.init_from
+        cfg.tokenizer = f"{cfg.init_from}/"  # a folder, whatever its name
     if seen or cfg.vision.startswith("hf:"):
         decided += ["vision"] * (seen is not None) + ["image_size", "patch"]
     for name in decided:

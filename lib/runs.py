@@ -144,7 +144,7 @@ def resumed(cfg, free):
             raise UserError(f"--{name}={value} differs from the run's own {was}: {advice}")
         setattr(old, name, value)
     if old.tokenizer not in ("bpe", "gpt2", "bytes"):
-        old.tokenizer = cfg.out  # its copy: the file it came from may be gone
+        old.tokenizer = f"{cfg.out}/"  # its copy: the file it came from may be gone
     return old
 
 
