@@ -208,24 +208,19 @@ def recomputed(forward, *inputs):
     return checkpoint(forward, *inputs, use_reentrant=False)
 
 
-def try_pass(model, batch, world):
-    room = [torch.empty_like(p) for p in model.parameters() for _ in range(3)]
-    with world.autocast():
-        model(*to_device(batch, world.device)).backward()
-    return len(room)
-
-
 def fit_memory(model, train_set, cfg, world):
     """Before training on a GPU: one pass over the largest of the first batches, beside room for the
     optimizers. Where memory is short, rows a pass are halved and passes doubled until it fits; the
     rows of a step stay what they are."""
     while world.device.type != "cpu":
-        rows = world.rows(0, cfg.batch_size)
-        batches = [train_set.batch(step, rows) for step in range(16)]
-        fits = False
-        with contextlib.suppress(torch.OutOfMemoryError):
-            try_pass(model, max(batches, key=lambda batch: batch[1].size), world)
+        batches = [train_set.batch(step, world.rows(0, cfg.batch_size)) for step in range(16)]
+        room, fits = [], False
+        with contextlib.suppress(torch.OutOfMemoryError), world.autocast():
+            room = [torch.empty_like(p) for p in model.parameters() for _ in range(3)]
+            largest = max(batches, key=lambda batch: batch[1].size)
+            model(*to_device(largest, world.device)).backward()
             fits = True
+        del room
         model.zero_grad(set_to_none=True)
         if all(world.gather(fits)):
             return
