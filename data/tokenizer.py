@@ -279,7 +279,10 @@ def load_tokenizer(name):
     try:
         if "model" in about and "added_tokens" in about:
             return load_foreign(path)
-        return load_own(about)
+        tokenizer, words = load_own(about), told_beside(os.path.dirname(path), "vocab_size")
+        if type(words) is int and tokenizer.vocab_size > words:
+            raise ValueError(f"the model beside it has {words} words only")
+        return tokenizer
     except (KeyboardInterrupt, SystemExit, UserError):
         raise
     except BaseException as error:  # `tokenizers` panics with a kind of its own
