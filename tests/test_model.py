@@ -1,5 +1,7 @@
-"""The model against oracles: transformers' Llama, a float64 loop, and itself done another way."""
+"""The model against formulas written out and against itself done another way. transformers' Llama,
+Qwen and Mistral are its oracles in test_foreign.py."""
 
+import json
 import math
 import os
 import shutil
@@ -38,30 +40,25 @@ def close(a, b, tolerance=2e-5):
     assert torch.allclose(a, b, atol=tolerance, rtol=tolerance), (a - b).abs().max()
 
 
-def no_pad(rows):
-    return torch.zeros(rows, dtype=torch.long)
-
-
 # --- sizes
 
 
 @pytest.mark.parametrize(
-    "preset, low, high",
-    [("tiny", 0.6, 0.7), ("char", 0.8, 0.9), ("nano", 2, 3), ("mini", 7.5, 8.5), ("small", 28, 32)]
-    + [("base", 95, 105), ("330m", 325, 335), ("500m", 490, 510), ("800m", 790, 810)]
-    + [("1b", 980, 1020)],
+    "preset, millions",
+    [("tiny", 0.65), ("char", 0.85), ("nano", 2.25), ("mini", 8), ("small", 30), ("base", 100)]
+    + [("330m", 330), ("500m", 500), ("800m", 800), ("1b", 1000)],
 )
-def test_all_members_of_a_preset_have_one_size(preset, low, high):
-    splits = ("1/3", "1/2", "2/3") if high < 400 else ("2/3",)
-    configs = [make_config(preset, split=split) for split in splits]
-    counts = [count_params(config) for config in [make_config(preset, "dec"), *configs]]
-    assert max(counts) / min(counts) < (1.01 if high > 2 else 1.02)
-    assert low <= min(counts) / 1e6 and max(counts) / 1e6 <= high
+def test_all_members_of_a_preset_have_one_size(preset, millions):
+    splits = ("1/3", "1/2", "2/3") if millions < 400 else ("2/3",)
+    configs = [make_config(preset, "dec"), *(make_config(preset, split=split) for split in splits)]
+    counts = [count_params(config) / 1e6 for config in configs]
+    assert max(counts) / min(counts) < (1.01 if millions > 2 else 1.02)
+    assert counts == pytest.approx([millions] * len(counts), rel=0.04)
     if preset == "330m":  # the paper's layers
-        assert [(c.n_enc, c.n_dec) for c in configs] == [(12, 32), (22, 22), (32, 12)]
+        assert [(c.n_enc, c.n_dec) for c in configs[1:]] == [(12, 32), (22, 22), (32, 12)]
 
 
-@pytest.mark.parametrize("preset", ["tiny", "nano", "small"])
+@pytest.mark.parametrize("preset", ["tiny", "mini"])
 @pytest.mark.parametrize("arch", ["encdec", "dec"])
 def test_first_loss_is_near_that_of_guessing(preset, arch):
     torch.manual_seed(0)
@@ -83,7 +80,6 @@ def test_a_config_that_cannot_work_is_named(changes, named):
 
 
 def test_a_copy_of_the_file_trains_alone(tmp_path):
-    """Fifteen lines, with nothing else of this project."""
     shutil.copy(os.path.join(ROOT, "model.py"), tmp_path)
     (tmp_path / "learn.py").write_text(
         """import torch
@@ -99,62 +95,31 @@ for step in range(60):
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-model.eval()
-print(loss.item(), [step[0] for step in model.generate([[7, 8, 9, 10]], 4)])
+print(loss.item())
 """
     )
-    run = [sys.executable, "learn.py"]
-    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, env=os.environ)
+    how = dict(cwd=tmp_path, env=os.environ | dict(OMP_NUM_THREADS="1"))
+    how |= dict(capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "learn.py"], **how)
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout.split()[0]) < 1.0 < math.log(29)
+    assert float(done.stdout) < 1.0 < math.log(29)
 
 
-# --- layers, against others
+# --- layers
 
 
-def test_decoder_only_equals_transformers_llama():
-    transformers = pytest.importorskip("transformers")
-    model = tiny("dec", qk_norm=False, bias="none")
-    c = model.config
-    sizes = dict(vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.n_hidden)
-    sizes |= dict(num_hidden_layers=c.n_dec, head_dim=c.head_dim, rms_norm_eps=c.norm_eps)
-    heads = dict(num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head)
-    about = transformers.LlamaConfig(**sizes, **heads, tie_word_embeddings=True)
-    llama = transformers.LlamaForCausalLM(about).eval()
-    names = {f"attn.w{x}": f"self_attn.{x}_proj" for x in "qkvo"}
-    names |= {f"mlp.{x}": f"mlp.{x}_proj" for x in ("gate", "up", "down")}
-    names |= dict(attn_norm="input_layernorm", mlp_norm="post_attention_layernorm")
-    names |= {"embed": "model.embed_tokens", "dec_norm": "model.norm"}
-    model.embed_scale.fill_(1.0)
-    weights = {}
-    for name, p in model.named_parameters():
-        name = name.removesuffix(".weight")
-        _, layer, part = name.split(".", 2) if name.startswith("dec.") else ("", "", name)
-        where = f"model.layers.{layer}." if layer else ""
-        weights[f"{where}{names[part]}.weight"] = p
-    missing, unexpected = llama.load_state_dict(weights, strict=False)
-    assert not unexpected and set(missing) <= {"lm_head.weight"}
-    tokens = ids(2, 12)
-    with torch.no_grad():
-        close(model.logits(model.decode(tokens)), llama(tokens).logits)
-
-
-def test_attention_equals_a_float64_loop():
+def test_cross_attention_equals_its_formula():
     torch.manual_seed(0)
     attention = M.Attention(Config(**TINY)).double()
-    x, source = torch.randn(2, 3, 32).double(), torch.randn(2, 5, 32).double()
-    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]).bool()
-    k, v = attention.keys_values(source)
-    got = attention.attend(x, k, v, mask[:, None, None])
+    x, states = torch.randn(2, 3, 32).double(), torch.randn(2, 5, 32).double()
+    mask = (torch.arange(5) < torch.tensor([[5], [3]]))[:, None, None]  # (B, 1, 1, S)
     q = attention.q_norm(attention.wq(x).view(2, 3, 4, 16))
-    for b in range(2):
-        for t in range(3):
-            heads = []
-            for h in range(4):
-                seen = [s for s in range(5) if mask[b, s]]
-                scores = torch.stack([q[b, t, h] @ k[b, h // 2, s] / 4 for s in seen])
-                heads.append(sum(w * v[b, h // 2, s] for s, w in enumerate(scores.softmax(0))))
-            close(got[b, t], attention.wo(torch.cat(heads)), 1e-9)
+    k = attention.k_norm(attention.wk(states).view(2, 5, 2, 16)).repeat_interleave(2, dim=2)
+    v = attention.wv(states).view(2, 5, 2, 16).repeat_interleave(2, dim=2)  # (B, S, H, D)
+    scores = torch.einsum("bthd,bshd->bhts", q, k) / 16**0.5
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+    wanted = attention.wo(torch.einsum("bhts,bshd->bthd", weights, v).flatten(2))
+    close(attention.read(x, (states, mask, None, None)), wanted, 1e-9)
 
 
 @pytest.mark.parametrize("n_kv_head", [1, 2, 4])
@@ -179,33 +144,10 @@ def test_every_kernel_of_attention_agrees(n_kv_head):
             close(fast_attention(q[:, :, :1], k, v, mask, False), wanted[:, :, :1])
 
 
-@pytest.mark.parametrize("arch", ["encdec", "dec"])
-def test_no_layout_of_attention_matters(arch, monkeypatch):
-    """CUDA's memory-efficient kernel returns a transposed layout, on which .view fails."""
-    real, prompts = F.scaled_dot_product_attention, [[5, 6, 7], [8, 9]]
-    model = tune(tiny(arch))
-    src, tgt = ids(2, 9) if arch == "encdec" else None, ids(2, 7)
-    before = model(src, tgt), list(model.generate(prompts, 5))
-
-    def transposed(*args, **kwargs):
-        return real(*args, **kwargs).transpose(1, 2).contiguous().transpose(1, 2)
-
-    monkeypatch.setattr(F, "scaled_dot_product_attention", transposed)
-    for kernel in (M.scaled_dot_product, fast_attention):
-        for module in model.modules():
-            if isinstance(module, M.Attention):
-                module.kernel = kernel
-        loss = model(src, tgt)
-        loss.backward()
-        close(loss, before[0], 1e-4)
-        assert list(model.generate(prompts, 5)) == before[1]
-
-
-@pytest.mark.parametrize("arch", ["encdec", "dec"])
 @torch.inference_mode()
-def test_packing_changes_nothing(arch):
+def test_packing_changes_nothing():
     torch.manual_seed(0)
-    model, prompts = Transformer(make_config("nano", arch)).bfloat16().eval(), [[5, 6, 7], [8, 9]]
+    model, prompts = Transformer(make_config("nano")).bfloat16().eval(), [[5, 6, 7], [8, 9]]
     before = model.next_logits(model.prefill(prompts, 3)[1])
     packed = pack(tune(model))
     close(packed.next_logits(packed.prefill(prompts, 3)[1]), before, 0.03)
@@ -290,7 +232,8 @@ def test_cached_equals_full_recomputation_at_every_position(arch, cross, T, chun
     with torch.no_grad():
         encoded = model.encode(src, src_mask) if arch == "encdec" else None
         full = model.decode(tokens, encoded, src_mask)
-        cache, parts, at = Cache(model, T, no_pad(2), encoded, src_mask), [], 0
+        pad = torch.zeros(2, dtype=torch.long)
+        cache, parts, at = Cache(model, T, pad, encoded, src_mask), [], 0
         for n in chunks:
             if at < T:
                 parts.append(model.decode(tokens[:, at : at + n], cache=cache))
@@ -364,44 +307,31 @@ def test_save_and_load(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes, tensor",
+    "changes, named",
     [(dict(n_hidden=56), "mlp"), (dict(n_dec=3), "dec.2"), (dict(tied=False), "head.weight")]
-    + [(dict(n_enc=0, src_len=0), "enc_norm"), (dict(n_embd=2**19), "embed.weight")],
+    + [(dict(n_enc=0, src_len=0), "enc_norm"), (dict(n_embd=2**19), "embed.weight")]
+    + [(text, "config.json") for text in ("{", "[]", '{"n_layer": 3}', "", "[" * 200000)],
 )
-def test_a_config_that_does_not_fit_the_weights_names_the_tensor(tmp_path, changes, tensor):
-    model = tiny("encdec")
-    model.save(tmp_path)
-    text = (tmp_path / "config.json").read_text()
-    for name, value in changes.items():
-        old = f'"{name}": {str(getattr(model.config, name)).lower()}'
-        assert old in text
-        text = text.replace(old, f'"{name}": {str(value).lower()}')
-    (tmp_path / "config.json").write_text(text)
-    with pytest.raises(ModelError, match=tensor):
+def test_a_config_that_does_not_fit_the_weights_is_refused(tmp_path, changes, named):
+    tiny("encdec").save(tmp_path)
+    path = tmp_path / "config.json"
+    damaged = type(changes) is str
+    path.write_text(changes if damaged else json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(ModelError, match=named):
         Transformer.load(tmp_path)
 
 
-def test_damaged_files_are_refused(tmp_path):
+def test_damaged_weights_are_refused(tmp_path):
     model = tiny("dec")
     model.save(tmp_path)
-    path, config = tmp_path / "model.safetensors", tmp_path / "config.json"
-    good, nested = path.read_bytes(), "[" * 200000
-    for bad in (good[:-100], b"", b"x" * 5000):
+    path = tmp_path / "model.safetensors"
+    for bad in (path.read_bytes()[:-100], b"", b"x" * 5000):
         path.write_bytes(bad)
         with pytest.raises(ModelError, match="damaged"):
             Transformer.load(tmp_path)
-    with torch.no_grad():
-        model.dec[0].mlp.up.weight[0, 0] = torch.nan
+    model.dec[0].mlp.up.weight.data[0, 0] = torch.nan
     model.save(tmp_path)
     with pytest.raises(ModelError, match="dec.0.mlp.up.weight holds numbers"):
-        Transformer.load(tmp_path)
-    for bad in ("{", "[]", '{"n_layer": 3}', "", nested, '{"n_enc": ' + "9" * 6000 + "}"):
-        config.write_text(bad)
-        with pytest.raises(ModelError, match="config.json"):
-            Transformer.load(tmp_path)
-    config.unlink()
-    os.mkfifo(config)  # would wait for its writer
-    with pytest.raises(ModelError, match="missing"):
         Transformer.load(tmp_path)
 
 
@@ -412,11 +342,6 @@ def test_dropout_and_smoothing_are_for_training_alone():
     src, tgt = ids(2, 9), ids(2, 5, seed=2)
     close(model(src, tgt), plain(src, tgt), 1e-6)
     model.train()
-    losses = []
-    for seed in (0, 0, 1):
-        torch.manual_seed(seed)
-        losses.append(model(src, tgt).item())
-    assert losses[0] == losses[1] and abs(losses[0] - losses[2]) > 1e-4
     hidden = (model.embedded(ids(20, 30)) == 0).all(-1)  # whole tokens
     assert 0.4 < hidden.float().mean() < 0.6
     y = model.dec[0].drop(torch.ones(400, 3, 50))
