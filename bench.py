@@ -43,6 +43,7 @@ from PIL import Image
 
 from data import metrics
 from data.corpus import prepare
+from data.evaluate import task_metrics, text_metrics
 from data.images import VisionConfig, n_tokens, prepare_image, read_vision
 from data.objectives import make_batch
 from data.picture_tasks import PicturePairs, is_picture_task, load_picture_task
@@ -50,7 +51,6 @@ from data.sets import Pairs, TextSet
 from data.tasks import is_task, load_task
 from data.tokenizer import load_tokenizer
 from lib.device import compile_parts, pack, start, to_device
-from lib.evaluate import task_metrics, text_metrics
 from lib.runs import ROOT, newest_run, read_run, replacing, write_json
 from lib.settings import UserError, printable, progress, read_settings, script, setting
 from model import PRESETS, Transformer, count_params, make_config

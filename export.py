@@ -5,7 +5,6 @@
     python export.py --run=RUN --static --precision=int8   fixed shapes, for NPUs
     python sample.py --run=FOLDER --prompt="..."           talks to it, without torch
     python export.py --run=hf:FOLDER_OR_ID --format=run --out=RUN     weights of others: a new run
-    python export.py --run=RUN --format=hf                 a decoder-only run for `transformers`
 
 Two graphs share one file of weights. The encoder's reads a source and gives every decoder layer's
 cross-attention keys and values. The decoder's reads any number of tokens behind what its caches
@@ -53,7 +52,7 @@ REPORT = """{params:,} parameters in {bytes:,} bytes; on {rows} held-out rows {t
 class Settings:
     run: str = setting(None, "run folder [newest in out/]; hf:FOLDER_OR_ID or mu:FILE for run")
     out: str = setting(None, "folder to write [the run's name and the precision, or -hf]")
-    format: str = setting("onnx", "or hf, for `transformers`, or run", ("onnx", "hf", "run"))
+    format: str = setting("onnx", "or run: weights of others become one", ("onnx", "run"))
     tokenizer: str = setting(None, "run: a tokenizer.json, where none lies beside the weights")
     n_enc: int = setting(None, "run: as an encoder-decoder, of so many layers", low=1)
     n_dec: int = setting(None, "run: the same of its decoder", low=1)
@@ -68,7 +67,7 @@ class Settings:
 def check(cfg):
     """UserError for keys that do not go together."""
     foreign = cfg.run.startswith(("hf:", "mu:"))
-    precisions = dict(onnx=PRECISIONS, hf=("fp32", "fp16"), run=("fp32",))
+    precisions = dict(onnx=PRECISIONS, run=("fp32",))
     allowed = ("fp32", "int8") if cfg.static else precisions[cfg.format]
     lengths = cfg.src_len is not None or cfg.tgt_len is not None
     for wrong, message in (
@@ -894,8 +893,7 @@ def main():
     cfg = read_settings(Settings, __doc__)
     cfg.run = (cfg.run or newest_run()).rstrip("/")
     check(cfg)
-    kind = "hf" if cfg.format == "hf" else "static-" * cfg.static + cfg.precision
-    out = (cfg.out or f"{cfg.run}-{kind}").rstrip("/")
+    out = (cfg.out or f"{cfg.run}-{'static-' * cfg.static}{cfg.precision}").rstrip("/")
     there = os.listdir(out) if os.path.isdir(out) and not os.path.islink(out) else [out]
     if os.path.lexists(out) and there and not {FILE} <= {*there} <= WRITTEN:
         raise UserError(f"--out={out} holds something else: choose another folder")
@@ -907,10 +905,8 @@ def main():
         new = os.path.join(fresh, "new")  # what is half written is never at `out`
         if cfg.format == "onnx":
             report = export_run(cfg, new)
-        elif cfg.format == "run":
-            weights.write_run(cfg.run, new, cfg.tokenizer, cfg.n_enc, cfg.n_dec)
         else:
-            weights.write_hf(cfg.run, new, cfg.precision)
+            weights.write_run(cfg.run, new, cfg.tokenizer, cfg.n_enc, cfg.n_dec)
         if os.path.isdir(out):
             shutil.rmtree(out)
         os.replace(new, out)
@@ -918,10 +914,7 @@ def main():
         write_json(cfg.json, dict(rows=[report]))
     if cfg.format == "onnx":
         print(REPORT.format(**report))
-    if cfg.format == "hf":
-        print(f"transformers.AutoModelForCausalLM.from_pretrained({out!r}) loads it")
-    else:
-        print(f'python sample.py --run={out} --prompt="..." talks to it')
+    print(f'python sample.py --run={out} --prompt="..." talks to it')
 
 
 if __name__ == "__main__":

@@ -20,12 +20,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from data.evaluate import show_text, task_metrics, text_metrics
 from data.objectives import OBJECTIVES, count_tokens, examples
 from data.sets import open_data
 from data.tasks import is_task
 from data.tokenizer import load_tokenizer
 from lib.device import catch_signals, compile_parts, eager, fit_memory, start, to_device
-from lib.evaluate import show_text, task_metrics, text_metrics
 from lib.runs import Log, is_better, new_run, read_run, restore, resumed, save_best, save_checkpoint
 from lib.settings import UserError, given, read_settings, script, setting
 from model import PRESETS, Transformer, make_config, read_config

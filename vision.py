@@ -39,13 +39,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import model as lm
+from data.evaluate import write_answers
 from data.images import CHOICES, FILE, VisionConfig, read_vision, token_orders
 from data.metrics import score
 from data.objectives import count_tokens
 from data.picture_tasks import TASKS, open_pictures
 from data.sets import evenly
 from lib.device import catch_signals, compile_parts, eager, start, to_device
-from lib.evaluate import write_answers
 from lib.runs import Log, is_better, new_run, read_run, restore, resumed, save_best, save_checkpoint
 from lib.settings import UserError, from_dict, given, read_json, read_settings, script, setting
 from lib.weights import local_folder, read_weights

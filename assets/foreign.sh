@@ -12,7 +12,7 @@ train() { # one that was cut off goes on
 }
 
 train out/foreign-dec --arch=dec --max_minutes=6 "$@"
-$python export.py --format=hf --run=out/foreign-dec --out=out/foreign-hf
+$python assets/to_hf.py --run=out/foreign-dec --out=out/foreign-hf
 $python export.py --format=run --run=hf:out/foreign-hf --n_enc=3 --n_dec=2 --out=out/foreign-encdec
 
 # Beside it, the same layers from nothing, for as many steps. Then both learn a task.

@@ -182,62 +182,6 @@ def token_bytes(tokenizer):
     return found
 
 
-def merges_of(ranks):
-    """The pairs that make each token of a byte-pair vocabulary, in order of rank: what GPT-2's way
-    of writing one down has in place of ranks."""
-    rank_of, merges = {token: rank for rank, token in enumerate(ranks)}, []
-    for rank, token in enumerate(ranks):
-        parts = [bytes([byte]) for byte in token]
-        while len(parts) > 2:  # as encoding goes, with the tokens that come before this one
-            made = [rank_of.get(a + b, rank) for a, b in zip(parts, parts[1:])]
-            best = made.index(min(made))
-            parts[best : best + 2] = [parts[best] + parts[best + 1]]
-        if len(parts) == 2:
-            merges.append(tuple(parts))
-    return merges
-
-
-def to_foreign(tokenizer, bos_id):
-    """(tokenizer.json, tokenizer_config.json), as texts, by which `tokenizers` and `transformers`
-    give the same ids; bos_id comes before every text, unless it is -1."""
-    from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
-    from tokenizers import Tokenizer as Foreign
-
-    if tokenizer.kind == "hf":
-        foreign = Foreign.from_str(tokenizer.source)
-    else:
-        letters = letters_of_bytes()
-
-        def spell(token):
-            return "".join(letters[byte] for byte in token)
-
-        vocabulary = {spell(token): i for i, token in enumerate(tokenizer.ranks)}
-        merges = [(spell(one), spell(two)) for one, two in merges_of(tokenizer.ranks)]
-        foreign = Foreign(models.BPE(vocabulary, merges))
-        steps = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-        if tokenizer.pattern:
-            steps.insert(0, pre_tokenizers.Split(Regex(tokenizer.pattern), "isolated"))
-        foreign.pre_tokenizer = pre_tokenizers.Sequence(steps)
-        foreign.decoder = decoders.ByteLevel()
-    for i in range(tokenizer.n_text, tokenizer.vocab_size):
-        name = tokenizer.name_of(i)
-        if foreign.token_to_id(name) is not None:
-            name = f"<nanoencdec {name[1:]}"
-        foreign.add_special_tokens([AddedToken(name, special=True, normalized=False)])
-    piece_of, last = foreign.id_to_token, tokenizer.vocab_size - 1
-    if foreign.get_vocab_size() != last + 1 or piece_of(last) is None:
-        raise UserError("the special ids of this tokenizer have no place: its own ids have holes")
-    if bos_id >= 0:
-        bos = piece_of(bos_id)
-        foreign.post_processor = processors.TemplateProcessing(
-            single=[bos, "$A"], pair=[bos, "$A", "$B"], special_tokens=[(bos, bos_id)]
-        )
-    names = {f"{name}_token": piece_of(getattr(tokenizer, name)) for name in ("eos", "pad", "sep")}
-    about = dict(tokenizer_class="PreTrainedTokenizerFast", clean_up_tokenization_spaces=False)
-    about |= names | (dict(bos_token=piece_of(bos_id)) if bos_id >= 0 else {})
-    return foreign.to_str(), json.dumps(about | dict(model_max_length=10**9), indent=1)
-
-
 def told_beside(folder, key):
     """What the files beside a tokenizer.json say of a key; None where none of them does."""
     for file in ("tokenizer_config.json", "special_tokens_map.json", "config.json"):

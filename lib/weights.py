@@ -1,5 +1,5 @@
-"""Weights of others: models of the Llama family and the paper's released one become runs, and
-decoder-only runs become folders for `transformers`.
+"""Weights of others: models of the Llama family and the paper's released one become runs.
+assets/to_hf.py goes the other way.
 
 The Llama family, decoder-only, with plain RoPE: llama (Llama 2, SmolLM2), mistral, qwen2 (biases of
 query, key and value) and qwen3 (norms of query and key). Others still serve as teachers of
@@ -16,9 +16,9 @@ from dataclasses import replace
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from data.tokenizer import load_tokenizer, to_foreign
+from data.tokenizer import load_tokenizer
 from lib import runs
 from lib.settings import UserError, read_json
 from model import PRESETS, Config, ModelError, Transformer, count_params, make_config
@@ -212,7 +212,7 @@ def load_mu(path, where):
 
 
 # ----------------------------------------------------------------------------------------------
-# Into a run, and out of one
+# Into a run
 
 
 @torch.no_grad()
@@ -269,30 +269,3 @@ def write_run(name, folder, tokenizer=None, n_enc=None, n_dec=None):
     nearest = min(sizes, key=lambda preset: abs(math.log(sizes[preset] / model.num_params())))
     settings = dict(preset=nearest, objective="prefix" if model.config.n_enc else "causal")
     runs.write_run(folder, settings | dict(src_len=1024, tgt_len=256), None, weights_of=name)
-
-
-def write_hf(run, folder, precision):
-    """A decoder-only run as a folder for `transformers`, of the class that computes the same."""
-    model, tokenizer = Transformer.load(run), load_tokenizer(run)
-    cfg, names = model.config, llama_names(model.config)
-    if cfg.n_enc or cfg.mlp != "swiglu" or cfg.bias == "all":
-        raise UserError(f"{run}: no class of the Llama family computes what it does")
-    kind = {(False, "none"): "llama", (False, "qkv"): "qwen2"}.get((cfg.qk_norm, cfg.bias), "qwen3")
-    dtype = torch.float16 if precision == "fp16" else torch.float32
-    about = {theirs: getattr(cfg, ours) for ours, theirs in FIELDS.items()}
-    about |= dict(model_type=kind, architectures=[f"{kind.capitalize()}ForCausalLM"])
-    # embed_scale becomes part of the embedding alone, which the head is then no longer.
-    about |= dict(attention_bias=kind == "qwen3" and cfg.bias == "qkv", tie_word_embeddings=False)
-    about |= dict(bos_token_id=cfg.bos_id, eos_token_id=cfg.eos_id, pad_token_id=cfg.pad_id)
-    state = {names[ours]: p.detach() for ours, p in model.named_parameters()}
-    state["lm_head.weight"] = (model.head or model.embed).weight.detach()
-    state["model.embed_tokens.weight"] = model.embed.weight.detach() * model.embed_scale
-    for i in range(cfg.n_dec if about["attention_bias"] else 0):  # Qwen3's output has one, too
-        state[f"model.layers.{i}.self_attn.o_proj.bias"] = torch.zeros(cfg.n_embd)
-    state = {name: tensor.to(dtype).contiguous() for name, tensor in state.items()}
-    os.makedirs(folder)
-    save_file(state, os.path.join(folder, "model.safetensors"), dict(format="pt"))
-    texts = *to_foreign(tokenizer, cfg.bos_id), json.dumps(about, indent=1)
-    for name, text in zip(("tokenizer.json", "tokenizer_config.json", "config.json"), texts):
-        with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
-            file.write(text)

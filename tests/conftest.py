@@ -7,7 +7,7 @@ import sys
 import pytest
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
+sys.path[:0] = [ROOT, os.path.join(ROOT, "assets")]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need a network
 
 import torch  # noqa: E402

@@ -4,6 +4,7 @@ import json
 import os
 
 import pytest
+import to_hf
 import torch
 from conftest import call, one_line
 from safetensors.torch import load_file, save_file
@@ -81,8 +82,7 @@ def test_equal_logits_and_greedy_text_both_ways(tmp_path, run_export, kind, tied
     answer = [new[0] for new in ours.generate([words.encode(TEXT)], 12)]
     wanted_ids = [i for i in text[0, inputs.size(1) :].tolist() if i != 1]
     assert answer == wanted_ids
-    status, _, err = run_export("--run=ours", "--format=hf", "--out=back")
-    assert status == 0, err
+    to_hf.write_hf("ours", "back")
     again = transformers.AutoModelForCausalLM.from_pretrained("back").eval()
     with torch.no_grad():
         logits = again(inputs).logits[..., : wanted.size(-1)]
@@ -91,7 +91,7 @@ def test_equal_logits_and_greedy_text_both_ways(tmp_path, run_export, kind, tied
     assert back(TEXT).input_ids == inputs[0].tolist()
 
 
-def test_a_run_of_ours_leaves_with_equal_logits(run_export):
+def test_a_run_of_ours_leaves_with_equal_logits(monkeypatch, capsys):
     torch.manual_seed(0)
     words = load_tokenizer("bytes")
     ids = dict(pad_id=words.pad, bos_id=words.bos, eos_id=words.eos, vocab_size=words.vocab_size)
@@ -102,7 +102,7 @@ def test_a_run_of_ours_leaves_with_equal_logits(run_export):
     model.save("run")
     words.save("run")
     write_json("run/run.json", dict(settings=dict(objective="causal")))
-    status, _, err = run_export("--run=run", "--format=hf", "--out=hf")
+    status, _, err = call(to_hf.main, ["--run=run", "--out=hf"], monkeypatch, capsys)
     assert status == 0, err
     again = transformers.AutoModelForCausalLM.from_pretrained("hf").eval()
     inputs = torch.tensor([[words.bos, *TEXT.encode()]])
@@ -207,4 +207,4 @@ def test_folders_of_strangers(run_export):
     save_file({"x": torch.ones(100000)}, "theirs/model.safetensors")
     assert "do not fit" in refused()
     assert "refused" in refused("mu:code.pt") and not os.path.exists("ran")
-    assert "No such file" in refused("mu:gone.pt") and "no such folder" in refused("hf:./gone")
+    assert "missing" in refused("mu:gone.pt") and "no such folder" in refused("hf:./gone")
