@@ -283,9 +283,8 @@ def load(folder, **more):
 
 def test_a_foreign_teacher_reads_rows_padded_as_alone(hf):
     teacher = load(hf, template="Q: {source} A:")
-    prompts = teacher.prompts(
-        pairs_of([("ab" * 99, "x"), ("dd", "x"), ("a", "x")], teacher.tokenizer)
-    )
+    texts = [("ab" * 99, "x"), ("dd", "x"), ("a", "x")]
+    prompts = teacher.prompts(pairs_of(texts, teacher.tokenizer))
     shown = [teacher.tokenizer.decode(ids) for ids in prompts]
     assert shown[1] == "Q: dd A:" and len(shown[0]) < 140  # cut where the student's source is
     answers = [[20, 21, 22], [23], [24, 25, 26, 27, 28]]
