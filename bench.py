@@ -319,6 +319,12 @@ def bench_train(cfg):
     return rows
 
 
+def wait(world):
+    """For the device to finish what it was given."""
+    if world.device.type in ("cuda", "mps"):
+        torch.accelerator.synchronize()
+
+
 def time_training(cfg, arch, engine, shape):
     """The row of one engine, in a list."""
     from train import make_optimizers
@@ -347,7 +353,7 @@ def time_training(cfg, arch, engine, shape):
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        world.wait()
+        wait(world)
         seconds.append(time.perf_counter() - begin)
     seconds, rows = seconds[2:], batch * cfg.grad_accum  # the first two steps warm up
     rate = rows / statistics.median(seconds)
@@ -389,7 +395,7 @@ def time_picture(cfg, arch, tokens):
         picture = prepare_image(image, vision)
         marks.append(time.perf_counter())
         images, _ = model.see([picture])
-        world.wait()
+        wait(world)
         marks.append(time.perf_counter())
         next(model.generate([[image_id] * n + [*range(10, 26)]], 1, images=images))
         marks.append(time.perf_counter())

@@ -84,11 +84,6 @@ class World:
         first = (micro * self.size + self.rank) * batch_size
         return np.arange(first, first + batch_size)
 
-    def wait(self):
-        """For the device to finish, so that a step can be timed."""
-        if self.device.type in ("cuda", "mps"):
-            torch.accelerator.synchronize()
-
     def sum(self, *numbers):
         """Sums of numbers over all processes."""
         return [sum(each) for each in zip(*self.gather(numbers))]
@@ -136,9 +131,8 @@ def find_device(name):
 
 def find_dtype(name, device):
     """The torch.dtype of --dtype; auto is bfloat16 where the device multiplies it in hardware."""
-    if name == "auto":
-        return torch.bfloat16 if has_bf16(device) else torch.float32
-    return getattr(torch, name)
+    best = "bfloat16" if has_bf16(device) else "float32"
+    return getattr(torch, best if name == "auto" else name)
 
 
 def has_bf16(device):
@@ -174,8 +168,7 @@ def fast_attention(q, k, v, mask, causal):
             if causal:
                 mask = torch.ones(T, T, dtype=torch.bool).tril()[None, None]
             if mask is not None:
-                masked = scores.view(B, H, T, -1).masked_fill(~mask, -torch.inf)
-                scores = masked.view_as(scores)
+                scores = scores.view(B, H, T, -1).masked_fill(~mask, -torch.inf).view_as(scores)
             return (scores.softmax(-1) @ v).reshape(B, H, T, D)
     if not causal and (mask is None or mask.size(2) == 1):
         grouped = q.reshape(B, k.size(1), -1, D)
@@ -199,13 +192,7 @@ def checkpoint_blocks(model):
     """Of each block only the input is kept for the backward pass, which computes the rest again: a
     third more work for a fraction of the memory."""
     for block in [*model.enc, *model.dec]:
-        block.forward = partial(recomputed, block.forward)
-
-
-def recomputed(forward, *inputs):
-    if not torch.is_grad_enabled():
-        return forward(*inputs)
-    return checkpoint(forward, *inputs, use_reentrant=False)
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def fit_memory(model, train_set, cfg, world):
@@ -247,11 +234,7 @@ def pack(model):
 def packed_linear(weight, bias):
     """A function that multiplies by a packed copy of `weight`: the operator of torch.compile."""
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
-
-    def linear(x):
-        return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
-
-    return linear
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 
 def compile_parts(model, batches, world):

@@ -123,11 +123,10 @@ def write_run(folder, settings, corpus, **more):
 
 def read_run(folder):
     """What run.json holds: "settings", "corpus" and more. UserError if the folder is no run."""
-    path = os.path.join(folder, "run.json")
-    about = read_json(path)
+    about = read_json(os.path.join(folder, "run.json"))
     settings = about.get("settings")
     if type(settings) is not dict or type(settings.get("objective")) is not str:
-        raise UserError(f"{path} is damaged or was not written by this project")
+        raise UserError(f"{folder}/run.json is damaged or was not written by this project")
     return about
 
 
@@ -217,14 +216,14 @@ class Log:
             self.rows = [row for row in rows if row["step"] < step + ("val_loss" in row)]
         with replacing(path) as new, open(new, "w", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in self.rows)
-        self.file = open(path, "a", encoding="utf-8")  # our own plain file, since the line above
+        # Our own plain file, since the line above. Each row is written at once.
+        self.file = open(path, "a", buffering=1, encoding="utf-8")
 
     def add(self, row):
         if self.quiet:
             return
         self.rows.append({key: round(value, 8) for key, value in row.items()})
         self.file.write(json.dumps(self.rows[-1]) + "\n")
-        self.file.flush()
 
     def plot(self, metric=None):
         """loss.png. With the name of a metric that evaluations have: its curve, on its own axis."""
@@ -249,8 +248,6 @@ def log_row(line):
     """A line of log.jsonl as a dict with numbers alone; None for anything else."""
     try:
         row = json.loads(line)
-    except (ValueError, RecursionError):
+        return row if "step" in row and max(map(abs, row.values())) < 2**53 else None
+    except (ValueError, TypeError, AttributeError, RecursionError):
         return None
-    numbers = type(row) is dict and {*map(type, row.values())} <= {int, float}
-    usable = numbers and all(abs(value) < 2**53 for value in row.values())
-    return row if usable and "step" in row else None

@@ -112,10 +112,6 @@ class Exported:
         if not fits or max(cfg.pad_id, cfg.bos_id, cfg.eos_id) >= cfg.vocab_size:
             raise UserError(f"{folder}: {FILE} does not describe its graphs: export the run again")
 
-    def value(self, array):
-        """An array where the sessions want it; on a CPU its own memory, not a copy."""
-        return self.ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self.device)
-
     def run(self, graph, feeds):
         """Runs a graph on arrays by name -> its outputs by name. More feeds than it has inputs do
         not matter."""
@@ -188,8 +184,9 @@ class Request:
                 size = len(lengths), shape[1], reach.max(), shape[3]
                 fixed[name] = np.zeros(size, model.float)
         fixed = {name: value for name, value in (fixed | memory).items() if name in shapes}
-        # Kept alive here; the binding only points to it.
-        self.fixed = {name: model.value(array) for name, array in fixed.items()}
+        # Kept alive here; the binding only points to it. On a CPU nothing is copied.
+        self.place, there = model.ort.OrtValue.ortvalue_from_numpy, model.device
+        self.fixed = {k: self.place(np.ascontiguousarray(x), there) for k, x in fixed.items()}
         self.binding = model.sessions["decoder"].io_binding()
         for name, value in self.fixed.items():
             self.binding.bind_ortvalue_input(name, value)
@@ -204,10 +201,9 @@ class Request:
         feeds = token_feeds(tokens, self.filled, lengths, self.first) | dict(keep=keep)
         self.filled = self.filled + lengths
         logits = np.empty((len(keep), self.model.config.vocab_size), self.model.float)
-        on_cpu = self.model.ort.OrtValue.ortvalue_from_numpy
         for name in feeds.keys() & self.model.shapes["decoder"].keys():
-            self.binding.bind_ortvalue_input(name, on_cpu(feeds[name]))
-        self.binding.bind_ortvalue_output("logits", on_cpu(logits))
+            self.binding.bind_ortvalue_input(name, self.place(feeds[name]))
+        self.binding.bind_ortvalue_output("logits", self.place(logits))
         self.model.sessions["decoder"].run_with_iobinding(self.binding)
         return logits
 

@@ -72,19 +72,17 @@ def read_value(field, text):
     return value
 
 
-def given(argv=None):
+def given():
     """Names of the keys that stand on the command line."""
-    words = sys.argv[1:] if argv is None else argv
-    return [word[2:].split("=")[0] for word in words if word.startswith("--")]
+    return [word[2:].split("=")[0] for word in sys.argv[1:] if word.startswith("--")]
 
 
 def read_json(path, kind=dict, most_bytes=2**26):
     """The value in a JSON file, which must be of type `kind`. The file may come from a stranger:
     UserError for anything that is no plain file of a bounded size and depth."""
-    if not os.path.isfile(path):  # a pipe would wait for its writer
-        raise UserError(f"{path} is missing or no plain file")
-    if os.path.getsize(path) > most_bytes:
-        raise UserError(f"{path} has more than the {most_bytes:,} bytes that are read")
+    # A pipe would wait for its writer.
+    if not os.path.isfile(path) or os.path.getsize(path) > most_bytes:
+        raise UserError(f"{path} is missing, or no plain file of at most {most_bytes:,} bytes")
     try:
         with open(path, encoding="utf-8") as file:
             value = json.load(file)

@@ -42,8 +42,7 @@ def local_folder(name, where):
         files = dict(allow_patterns=["*.json", "model*.safetensors"], ignore_patterns=["*/*"])
         return snapshot_download(name, **files)
     except Exception as error:  # no network, no such model: the library raises its own kinds
-        reason = f"{type(error).__name__} from the Hub"
-        raise UserError(f"{where}: no such folder, and no such model ({reason})") from None
+        raise UserError(f"{where}: no such folder, or model ({type(error).__name__})") from None
 
 
 def weight_files(folder):
@@ -94,8 +93,7 @@ def llama_config(about, where):
     if odd:
         raise UserError(
             f"{where} has {odd[0]}={str(about.get(odd[0]))[:60]}: only llama, mistral, qwen2 and "
-            "qwen3 with plain RoPE become runs; as a teacher, distill.py --teacher=hf: takes any "
-            "causal model"
+            "qwen3 with plain RoPE become runs; distill.py --teacher=hf: takes any causal model"
         )
     found = {ours: about[theirs] for ours, theirs in FIELDS.items() if about.get(theirs)}
     try:
@@ -164,13 +162,13 @@ def assembled(config, tensors, names, where):
 def mu_names(n_enc, n_dec):
     names = {"embed.weight": "transformer.wte.weight", "enc_norm.weight": "transformer.ln_e.weight"}
     names["dec_norm.weight"] = "transformer.ln_f.weight"
-    linear = dict(wq="q_linear", wk="k_linear", wv="v_linear", wo="out_linear")
-    mlp = {"mlp.up": "mlp.fc1", "mlp.down": "mlp.fc2"}
-    encoder = {f"attn.{a}": f"attn.{b}" for a, b in linear.items()} | mlp
-    encoder |= {"attn_norm": "ln1", "mlp_norm": "ln2"}
-    decoder = {f"attn.{a}": f"causal_attn.{b}" for a, b in linear.items()} | mlp
-    decoder |= {f"cross.{a}": f"cross_attn.{b}" for a, b in linear.items()}
-    decoder |= {"attn_norm": "ln1", "cross_norm": "ln2", "mlp_norm": "ln3"}
+    mlp, linear = {"mlp.up": "mlp.fc1", "mlp.down": "mlp.fc2"}, dict(q="q", k="k", v="v", o="out")
+    encoder = mlp | {"attn_norm": "ln1", "mlp_norm": "ln2"}
+    decoder = mlp | {"attn_norm": "ln1", "cross_norm": "ln2", "mlp_norm": "ln3"}
+    for ours, theirs in linear.items():
+        encoder[f"attn.w{ours}"] = f"attn.{theirs}_linear"
+        decoder[f"attn.w{ours}"] = f"causal_attn.{theirs}_linear"
+        decoder[f"cross.w{ours}"] = f"cross_attn.{theirs}_linear"
     names |= layer_names("enc", "transformer.e", n_enc, encoder)
     return names | layer_names("dec", "transformer.h", n_dec, decoder)
 
@@ -240,6 +238,7 @@ def to_encdec(model, n_enc, n_dec, bos_id):
     evenly spaced layers in both stacks; each cross-attention begins as the self-attention of its
     layer."""
     cfg = model.config
+    n_enc, n_dec = n_enc or cfg.n_dec, n_dec or cfg.n_dec
     if cfg.n_enc or max(n_enc, n_dec) > cfg.n_dec:
         raise UserError(f"--n_enc and --n_dec take layers from the decoder, which has {cfg.n_dec}")
     new = Transformer(replace(cfg, n_enc=n_enc, n_dec=n_dec, src_len=cfg.tgt_len, bos_id=bos_id))
@@ -261,8 +260,7 @@ def write_run(name, folder, tokenizer=None, n_enc=None, n_dec=None):
     words = load_tokenizer(tokenizer or place)
     fit_vocabulary(model, words, name)
     if n_enc or n_dec:
-        n = model.config.n_dec
-        model = to_encdec(model, n_enc or n, n_dec or n, words.bos)
+        model = to_encdec(model, n_enc, n_dec, words.bos)
     model.save(folder)
     words.save(folder)
     sizes = {preset: count_params(make_config(preset, "dec")) for preset in PRESETS}
