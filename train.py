@@ -28,7 +28,7 @@ from data.tokenizer import load_tokenizer
 from lib.device import catch_signals, compile_parts, eager, fit_memory, start, to_device
 from lib.runs import Log, is_better, new_run, read_run, restore, resumed, save_best, save_checkpoint
 from lib.settings import UserError, given, read_settings, script, setting
-from model import PRESETS, Transformer, make_config, read_config
+from model import PRESETS, Transformer, make_config
 
 
 @dataclass
@@ -86,7 +86,8 @@ def resolve(cfg):
     if cfg.init_from == "resume":
         cfg = resumed(cfg, FREE)
     elif cfg.init_from != "scratch":
-        parent, chosen = read_config(cfg.init_from), given()
+        # Loaded once more later: what is wrong with it is told before any data is read.
+        parent, chosen = Transformer.load(cfg.init_from).config, given()
         for name in ("arch", "preset", "split", "n_enc", "n_dec", "vocab_size", "tokenizer"):
             if name in chosen:
                 raise UserError(f"--{name} is decided by the run in --init_from: leave it out")

@@ -115,7 +115,8 @@ def resolve(cfg):
     decided, seen = [], read_vision(cfg.init_from)
     if cfg.init_from not in ("scratch", "resume"):
         decided += ["arch", "preset", "split", "vocab_size", "tokenizer"]
-        cfg.arch = "encdec" if lm.read_config(cfg.init_from).n_enc else "dec"
+        # Loaded once more later: what is wrong with it is told before any data is read.
+        cfg.arch = "encdec" if load_model(cfg.init_from).config.n_enc else "dec"
         preset = read_run(cfg.init_from)["settings"].get("preset")
         cfg.preset = preset if preset in [*lm.PRESETS] else cfg.preset
         cfg.tokenizer = f"{cfg.init_from}/"  # a folder, whatever its name

@@ -84,8 +84,8 @@ class VisionConfig:
         for name, (low, high) in BOUNDS.items():
             if not low <= getattr(self, name) <= high:
                 raise UserError(f"--{name}={getattr(self, name)} must be from {low} to {high}")
-        for x in (self.mean, self.std):
-            if len(x) != 3 or not all(type(v) in (int, float) and 0 <= v <= 1 for v in x):
+        for low, x in ((0, self.mean), (1e-3, self.std)):
+            if len(x) != 3 or not all(type(v) in (int, float) and low <= v <= 1 for v in x):
                 raise UserError("vision: mean and std are three numbers from 0 to 1")
         if self.image_size % self.patch or self.n_embd % self.n_head:
             raise UserError("--image_size must be a multiple of --patch, and n_embd of n_head")
