@@ -3,19 +3,17 @@ the CPU. Tensors of two devices in one operator are an error, as on CUDA, and ev
 device is noted."""
 
 import functools
-import os
-import sys
+import traceback
 
 import pytest
 import torch
 import torch.utils.backend_registration as registration
+from conftest import ROOT
+from torch.utils._pytree import tree_leaves, tree_map
 
 import lib.device
 import model
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-NAMES = ("model.py", "train.py", "distill.py", "sample.py", "lib", "data")
-OURS = tuple(os.path.join(ROOT, name) for name in NAMES)
 aten = torch.ops.aten
 
 # Operators whose result's size or value the host must know: CUDA waits for them.
@@ -29,15 +27,12 @@ WAITS = []  # "file:line" of our code, once a wait
 
 
 def wait():
-    frame = sys._getframe(1)
-    while frame and not frame.f_code.co_filename.startswith(OURS):
-        frame = frame.f_back
-    where = frame and f"{frame.f_code.co_filename[len(ROOT) + 1 :]}:{frame.f_lineno}"
-    WAITS.append(where or "elsewhere")
+    stack = [f"{frame.f_code.co_filename}:{line}" for frame, line in traceback.walk_stack(None)]
+    ours = [at for at in stack if at.startswith(ROOT) and "site-packages" not in at]
+    WAITS.append([at for at in ours if "/tests/" not in at][:1])  # none in autograd's thread
 
 
 class SoftTensor(torch.Tensor):
-    @staticmethod
     def __new__(cls, raw):
         kind = dict(dtype=raw.dtype, device="soft:0", strides=raw.stride())
         with torch.inference_mode(raw.is_inference()):
@@ -53,57 +48,37 @@ class SoftTensor(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        if is_composite(func):  # in inference mode these come here whole
-            return func.decompose(*args, **kwargs or {})
-        return run(func, args, kwargs or {})
-
-
-@functools.cache
-def is_composite(func):
-    key = "CompositeImplicitAutograd"
-    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key)
-
-
-def each(function, x):
-    """function of every leaf of nested lists and tuples."""
-    if isinstance(x, list | tuple):
-        return type(x)([each(function, part) for part in x])
-    return function(x)
-
-
-def run(func, args, kwargs):
-    """One operator, on the values."""
-    packet, flat = func.overloadpacket, []
-    each(flat.append, (*args, *kwargs.values()))
-    soft = [x for x in flat if isinstance(x, SoftTensor)]
-    hard = [x for x in flat if torch.is_tensor(x) and not isinstance(x, SoftTensor)]
-    if soft and packet not in MIXING and any(x.ndim for x in hard):
-        raise RuntimeError(
-            f"Expected all tensors to be on the same device: soft:0 and cpu ({func})"
-        )
-    target = kwargs.get("device")
-    onto = bool(soft) if target is None else torch.device(target).type == "soft"
-    crossing = packet is aten._to_copy and bool(soft) != onto
-    if packet is aten.copy_:
-        onto, crossing = isinstance(flat[0], SoftTensor), bool(soft and hard)
-    if crossing:
+        kwargs, key = kwargs or {}, "CompositeImplicitAutograd"
+        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key):
+            return func.decompose(*args, **kwargs)  # in inference mode these come here whole
+        packet, flat = func.overloadpacket, tree_leaves((args, kwargs))
+        soft = [x for x in flat if isinstance(x, SoftTensor)]
+        hard = [x for x in flat if torch.is_tensor(x) and not isinstance(x, SoftTensor)]
+        if soft and packet not in MIXING and any(x.ndim for x in hard):
+            raise RuntimeError(
+                f"Expected all tensors to be on the same device: soft:0 and cpu ({func})"
+            )
+        target = kwargs.get("device")
+        onto = bool(soft) if target is None else torch.device(target).type == "soft"
+        crossing = packet is aten._to_copy and bool(soft) != onto
+        if packet is aten.copy_:
+            onto, crossing = isinstance(flat[0], SoftTensor), bool(soft and hard)
         pinned = all(getattr(x, "pinned", False) for x in hard)
-        if not (onto and pinned and any(x is True for x in flat)):  # non_blocking
+        fetched = onto and pinned and any(x is True for x in flat)  # non_blocking
+        masked = any(torch.is_tensor(x) and x.dtype == torch.bool for x in flat[1:])
+        if packet in WAITING or (packet in INDEXING and masked) or (crossing and not fetched):
             wait()
-    masked = any(torch.is_tensor(x) and x.dtype == torch.bool for x in flat[1:])
-    if packet in WAITING or (packet in INDEXING and masked):
-        wait()
 
-    args, *values = each(lambda x: getattr(x, "raw", x), (args, *kwargs.values()))
-    kwargs = dict(zip(kwargs, values)) | (dict(device="cpu") if target is not None else {})
-    out, known = func(*args, **kwargs), {id(x.raw): x for x in soft}
+        args, kwargs = tree_map(lambda x: getattr(x, "raw", x), (args, kwargs))
+        out = func(*args, **(kwargs if target is None else kwargs | dict(device="cpu")))
+        known = {id(x.raw): x for x in soft}
 
-    def wrap(x):
-        if not onto or not torch.is_tensor(x):
-            return x
-        return known[id(x)] if id(x) in known else SoftTensor(x)  # an operator in place
+        def wrap(x):
+            if not onto or not torch.is_tensor(x):
+                return x
+            return known[id(x)] if id(x) in known else SoftTensor(x)  # an operator in place
 
-    return flat[0] if packet is aten.copy_ else each(wrap, out)
+        return tree_map(wrap, out)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -121,6 +96,9 @@ def copy_from(source, target, non_blocking=False):  # torch.tensor comes here
     return target
 
 
+LIBRARY = torch.library.Library("aten", "IMPL")
+
+
 @functools.cache
 def register():
     """The device, once a process."""
@@ -130,11 +108,9 @@ def register():
             return [torch.bfloat16, torch.float16]
 
     registration._setup_privateuseone_for_python_backend("soft", Module())
-    made = torch.library.Library("aten", "IMPL")
-    made.impl("empty.memory_format", empty, "PrivateUse1")
-    made.impl("empty_strided", empty, "PrivateUse1")
-    made.impl("_copy_from", copy_from, "PrivateUse1")
-    return made
+    LIBRARY.impl("empty.memory_format", empty, "PrivateUse1")
+    LIBRARY.impl("empty_strided", empty, "PrivateUse1")
+    LIBRARY.impl("_copy_from", copy_from, "PrivateUse1")
 
 
 class Generator(torch.Generator):
