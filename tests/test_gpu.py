@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, call
+from conftest import call
 from softgpu import card  # noqa: F401  a fixture
 from torch._dynamo.testing import CompileCounter
 
@@ -19,8 +19,9 @@ from lib.device import checkpoint_blocks, fast_attention, find_device, tune
 from lib.settings import UserError
 from model import Transformer, make_config, scaled_dot_product
 
-WORDS = TINY + ["--data=reverse", "--max_iters=2", "--eval_interval=9", "--grad_accum=2"]
-WORDS = [word.replace("--eval_rows=8", "--eval_rows=2") for word in WORDS]
+MODEL = ["--preset=tiny", "--tokenizer=bytes"]
+WORDS = ["--src_len=16", "--tgt_len=8", "--batch_size=4", "--grad_accum=2", "--data=reverse"]
+WORDS += ["--max_iters=2", "--eval_interval=9", "--eval_rows=2", "--dtype=float32"]
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,7 @@ def run(card, tmp_path_factory):  # noqa: F811
 def trained(run, tmp_path_factory):
     """A run on the card -> its folder, the waits of a step."""
     folder = tmp_path_factory.mktemp("trained") / "run"
-    return folder, run(train.main, *WORDS, f"--out={folder}")
+    return folder, run(train.main, *MODEL, *WORDS, f"--out={folder}")
 
 
 def losses(folder):
@@ -67,10 +68,9 @@ def tiny(arch="encdec", **changes):
 
 
 def test_a_training_step_waits_once(run, trained):
-    run(train.main, *WORDS, "--arch=dec", "--out=teacher")
-    words = [word for word in WORDS if not word.startswith(("--preset", "--tokenizer"))]
-    words += ["--teacher=teacher", "--student=tiny", "--sequences=data", "--out=student"]
-    waits = run(distill.main, *words)
+    run(train.main, *MODEL, *WORDS, "--arch=dec", "--out=teacher")
+    words = [*WORDS, "--teacher=teacher", "--student=tiny", "--sequences=data"]
+    waits = run(distill.main, *words, "--out=student")
     assert (len(trained[1]), len(waits)) == (1, 1), (trained[1], waits)
 
 
@@ -157,12 +157,12 @@ def test_too_little_memory_halves_the_rows(trained, monkeypatch, capsys):
     forward = Transformer.forward
 
     def short(model, src, tgt, *rest):
-        if model.training and src.numel() + tgt.numel() > 3 * (32 + 16):  # three full rows
+        if model.training and src.numel() + tgt.numel() > 3 * (16 + 8):  # three full rows
             raise torch.OutOfMemoryError
         return forward(model, src, tgt, *rest)
 
     monkeypatch.setattr(Transformer, "forward", short)
-    status, _, err = call(train.main, [*WORDS, "--out=halved"], monkeypatch, capsys)
+    status, _, err = call(train.main, [*MODEL, *WORDS, "--out=halved"], monkeypatch, capsys)
     assert status == 0 and "--batch_size=2 --grad_accum=4" in err
     assert losses("halved") == pytest.approx(losses(trained[0]), abs=1e-4)
 
