@@ -398,7 +398,7 @@ def test_stages(text_file, monkeypatch, capsys):
 BAD = [("--stage=align", "--init_from"), ("--vision=huge", "--vision=huge")]
 BAD += [("--data=shapes:folder", "without a path"), ("--patch=7", "multiple")]
 BAD += [("--arch=dec --look=encoder", "--look"), ("--tokens=concat --keep=0.25", "--keep")]
-BAD += [("--vision=hf:./no", "no such folder"), ("--init_from=none", "none/config.json")]
+BAD += [("--vision=hf:./no", "no such folder"), ("--init_from=none", "none/")]
 BAD += [("--vision=hf:./no --patch=8", "--patch is decided"), ("--src_len=5", "--src_len")]
 
 
