@@ -15,8 +15,7 @@ def draw(path, weights, probs, source, answer, tokenizer, **more):
 
     def label(i):  # its text, and whether it is a special token
         name = tokenizer.name_of(i)
-        text = name or tokenizer.bytes_of([i]).decode("utf-8", "replace")
-        return printable(text), name is not None
+        return printable(name or tokenizer.bytes_of([i]).decode("utf-8", "replace")), bool(name)
 
     data = more | dict(source=[label(i) for i in source], answer=[label(i) for i in answer])
     if path.endswith(".png"):

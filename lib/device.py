@@ -192,7 +192,11 @@ def checkpoint_blocks(model):
     """Of each block only the input is kept for the backward pass, which computes the rest again: a
     third more work for a fraction of the memory."""
     for block in [*model.enc, *model.dec]:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        block.forward = partial(recomputed, block.forward)
+
+
+def recomputed(forward, *inputs):  # a frame of its own, which torch.compile looks for
+    return checkpoint(forward, *inputs, use_reentrant=False)
 
 
 def fit_memory(model, train_set, cfg, world):
@@ -204,7 +208,7 @@ def fit_memory(model, train_set, cfg, world):
         room, fits = [], False
         with contextlib.suppress(torch.OutOfMemoryError), world.autocast():
             room = [torch.empty_like(p) for p in model.parameters() for _ in range(3)]
-            largest = max(batches, key=lambda batch: batch[1].size)
+            largest = max(batches, key=lambda batch: sum(np.size(part) for part in batch[:2]))
             model(*to_device(largest, world.device)).backward()
             fits = True
         del room

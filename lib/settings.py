@@ -48,8 +48,7 @@ def read_settings(kind, about, argv=None):
 def describe_key(field):
     """A key's line of --help."""
     default = "" if field.default is None else f" [{field.default}]"
-    name = f"--{field.name}={kinds_of(field)}"
-    return f"  {name:<32} {field.metadata['help']}{default}"
+    return f"  {f'--{field.name}={kinds_of(field)}':<32} {field.metadata['help']}{default}"
 
 
 def kinds_of(field):
