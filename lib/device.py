@@ -246,6 +246,10 @@ def compile_parts(model, batches, world):
     layers compile as fast as one. The code is made for `batches`, a list; where there are several,
     for shapes that differ. Rarer shapes run as they are later, because compiling for one in
     mid-training takes as long as thirty steps."""
+    import torch._inductor.config as compiler
+
+    if torch.cpu._is_avx512_supported():
+        compiler.cpp.simdlen = 256  # with 512, torch 2.13 makes NaN of bfloat16's gradients
     world.say("compiling, a minute or so")
     for block in [*model.enc, *model.dec]:
         block.compile(dynamic=len(batches) > 1)
