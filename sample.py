@@ -264,18 +264,18 @@ def open_run(cfg, run, text):
 def main():
     cfg = read_settings(Settings, __doc__)
     check(cfg)
-    run, text = cfg.run or newest_run(), cfg.prompt
-    if text is None:
+    run, text = cfg.run or newest_run(), (cfg.prompt or "").replace("\\n", "\n")
+    if cfg.prompt is None:
         if sys.stdin.isatty():
             print("type a prompt, end it with Ctrl-D", file=sys.stderr)
         text = sys.stdin.buffer.read().decode("utf-8", "replace")
-    else:
-        text = text.replace("\\n", "\n")
     talks = [open_run(cfg, name, text) for name in (run, cfg.race) if name]
     talk, config = talks[0], talks[0].model.config
     room = config.tgt_len if config.n_enc else config.tgt_len - len(talk.prompt)
     n = cfg.max_new_tokens or min(1024, max(64, room))
     drawing = cfg.temperature, cfg.top_k, cfg.top_p, cfg.seed
+    if cfg.show_attention and len(talk.prompt) > 8192:
+        raise UserError(f"--show_attention: {len(talk.prompt)} tokens, at most 8192 can be drawn")
     if cfg.race:
         return race(talks, n, drawing)
 

@@ -161,7 +161,8 @@ def fast_attention(q, k, v, mask, causal):
     matrix units, so the formula written out is twice as fast there. Where no mask depends on the
     query, a group's query heads are laid out along T: up to six times as fast as GQA in torch."""
     B, H, T, D = q.shape
-    if q.is_cpu and T > 1 and q.dtype == torch.bfloat16:
+    short = B * H * T * k.size(2) < 2**30  # all scores exist at once
+    if q.is_cpu and T > 1 and short and q.dtype == torch.bfloat16:
         with torch.autocast("cpu", enabled=False):  # which would compute softmax in float32
             k, v = k.to(q.dtype), v.to(q.dtype)  # a cache keeps the weights' type
             scores = (q * D**-0.5).reshape(B, k.size(1), -1, D) @ k.mT  # (B, H_kv, H/H_kv T, S)
