@@ -51,7 +51,7 @@ REPORT = """{params:,} parameters in {bytes:,} bytes; on {rows} held-out rows {t
 @dataclass
 class Settings:
     run: str = setting(None, "run folder [newest in out/]; hf:FOLDER_OR_ID or mu:FILE for run")
-    out: str = setting(None, "folder to write [the run's name and the precision, or -hf]")
+    out: str = setting(None, "folder to write [the run's name and the precision]")
     format: str = setting("onnx", "or run: weights of others become one", ("onnx", "run"))
     tokenizer: str = setting(None, "run: a tokenizer.json, where none lies beside the weights")
     n_enc: int = setting(None, "run: as an encoder-decoder, of so many layers", low=1)
