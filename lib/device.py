@@ -158,11 +158,10 @@ def keep_memory():
 
 def fast_attention(q, k, v, mask, causal):
     """The same as model.scaled_dot_product. In bfloat16, torch's fused kernel does not use a CPU's
-    matrix units, so the formula written out is twice as fast there. Where no mask depends on the
-    query, a group's query heads are laid out along T: up to six times as fast as GQA in torch."""
+    matrix units: the formula written out is twice as fast, as long as all scores fit. Where no mask
+    depends on the query, a group's query heads are laid out along T: up to six times as fast."""
     B, H, T, D = q.shape
-    short = B * H * T * k.size(2) < 2**30  # all scores exist at once
-    if q.is_cpu and T > 1 and short and q.dtype == torch.bfloat16:
+    if q.is_cpu and T > 1 and q.dtype == torch.bfloat16 and B * H * T * k.size(2) < 2**30:
         with torch.autocast("cpu", enabled=False):  # which would compute softmax in float32
             k, v = k.to(q.dtype), v.to(q.dtype)  # a cache keeps the weights' type
             scores = (q * D**-0.5).reshape(B, k.size(1), -1, D) @ k.mT  # (B, H_kv, H/H_kv T, S)
@@ -247,14 +246,13 @@ def compile_parts(model, batches, world):
     layers compile as fast as one. The code is made for `batches`, a list; where there are several,
     for shapes that differ. Rarer shapes run as they are later, because compiling for one in
     mid-training takes as long as thirty steps."""
-    import torch._inductor.config as compiler
-
-    if torch.cpu._is_avx512_supported():
-        compiler.cpp.simdlen = 256  # with 512, torch 2.13 makes NaN of bfloat16's gradients
     world.say("compiling, a minute or so")
+    # With vectors of 512 bits, torch 2.13 makes NaN of bfloat16's gradients.
+    options = {"cpp.simdlen": 256} if torch.cpu._is_avx512_supported() else None
+    how = dict(dynamic=len(batches) > 1, options=options)
     for block in [*model.enc, *model.dec]:
-        block.compile(dynamic=len(batches) > 1)
-    model.loss = torch.compile(model.loss, dynamic=len(batches) > 1)
+        block.compile(**how)
+    model.loss = torch.compile(model.loss, **how)
     for batch in batches:
         with world.autocast():
             model(*to_device(batch, world.device)).backward()

@@ -2,7 +2,6 @@
 the CPU. Tensors of two devices in one operator are an error, as on CUDA, and every wait for the
 device is noted."""
 
-import functools
 import traceback
 
 import pytest
@@ -99,9 +98,9 @@ def copy_from(source, target, non_blocking=False):  # torch.tensor comes here
 LIBRARY = torch.library.Library("aten", "IMPL")
 
 
-@functools.cache
 def register():
-    """The device, once a process."""
+    """The device, once a process and before its first backward pass, which makes a thread for
+    every kind of device that there is."""
 
     class Module(registration._DummyBackendModule):
         def get_amp_supported_dtype(self):
@@ -113,6 +112,11 @@ def register():
     LIBRARY.impl("_copy_from", copy_from, "PrivateUse1")
 
 
+HAS_API = hasattr(registration, "_setup_privateuseone_for_python_backend")
+if HAS_API:
+    register()
+
+
 class Generator(torch.Generator):
     def __new__(cls, device="cpu"):
         return super().__new__(cls, "cpu")
@@ -121,9 +125,8 @@ class Generator(torch.Generator):
 @pytest.fixture(scope="module")
 def card():
     """The device: every script's --device means it. Yields the list of its waits."""
-    if not hasattr(registration, "_setup_privateuseone_for_python_backend"):
+    if not HAS_API:
         pytest.skip("this torch has no Python backends")
-    register()
     save = model.save_file  # asks tensors for the address of their storage
     on_cpu = lambda tensors, *rest: save({n: x.cpu() for n, x in tensors.items()}, *rest)  # noqa
     with pytest.MonkeyPatch.context() as patch:

@@ -194,7 +194,7 @@ def test_an_edited_model_is_refused(name, tmp_path, monkeypatch, capsys):
     edited = types.ModuleType("edited")
     monkeypatch.setitem(sys.modules, "edited", edited)
     exec(compile(source, "edited.py", "exec"), edited.__dict__)
-    run_folder(random_model("encdec", edited, vocab_size=300), "run")
+    run_folder(random_model("encdec", edited, vocab_size=600), "run")
     monkeypatch.setattr(export, "Transformer", edited.Transformer)
     for how in ("fp32", "fp16", "int8", "int4", "fp32 --static", "int8 --static"):
         words = ["--run=run", "--out=x", *f"--precision={how}".split()]
@@ -371,7 +371,7 @@ def test_bad_input(monkeypatch, capsys):
 
     assert "no run" in refused()
     assert "run.json" in refused("--run=nowhere")
-    run_folder(random_model("dec", vocab_size=300), "run", "causal")
+    run_folder(random_model("dec", vocab_size=600), "run", "causal")
     for words, message in (
         (["--precision=int3"], "--precision"),
         (["--precision=int4", "--static"], "fp32, int8"),
