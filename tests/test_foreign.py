@@ -114,14 +114,13 @@ def test_a_run_of_ours_leaves_with_equal_logits(monkeypatch, capsys):
 def test_as_an_encoder_decoder(run_export, monkeypatch, capsys):
     make_model("theirs", "llama", True)
     make_tokenizer("theirs", True)
-    layers = ["--n_enc=3", "--n_dec=2"]
-    status, _, err = run_export("--run=hf:theirs", "--format=run", "--out=ours", *layers)
+    words = "--run=hf:theirs --format=run --out=ours --n_enc=3 --n_dec=2".split()
+    status, _, err = run_export(*words)
     assert status == 0, err
-    model = Transformer.load("ours")
-    assert (model.config.n_enc, model.config.n_dec) == (3, 2)
-    state, old = model.state_dict(), load_file("theirs/model.safetensors")
+    model, old = Transformer.load("ours"), load_file("theirs/model.safetensors")
+    assert (len(model.enc), len(model.dec)) == (3, 2)
     for name in ("enc.2.attn.wq.weight", "dec.1.attn.wq.weight", "dec.1.cross.wq.weight"):
-        assert torch.equal(state[name], old["model.layers.2.self_attn.q_proj.weight"])
+        assert torch.equal(model.get_parameter(name), old["model.layers.2.self_attn.q_proj.weight"])
     argv = ["--run=ours", "--prompt=a fox", "--max_new_tokens=3", "--device=cpu"]
     assert call(sample.main, argv, monkeypatch, capsys)[0] == 0
 
