@@ -50,7 +50,7 @@ from data.picture_tasks import PicturePairs, is_picture_task, load_picture_task
 from data.sets import Pairs, TextSet
 from data.tasks import is_task, load_task
 from data.tokenizer import load_tokenizer
-from lib.device import compile_parts, pack, start, to_device
+from lib.device import StaticSteps, compile_parts, pack, start, to_device
 from lib.runs import ROOT, newest_run, read_run, replacing, write_json
 from lib.settings import UserError, printable, progress, read_settings, script, setting
 from model import PRESETS, Transformer, count_params, make_config
@@ -75,7 +75,7 @@ class Cost:
     tokens: str = setting("all,variance", "vision: some of all, variance, learned, concat")
     keep: float = setting(0.33, "vision: share of the tiles' tokens that stays", low=1e-4, high=1)
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
-    dtype: str = setting("auto", "of torch's engines", ("auto", "float32", "bfloat16"))
+    dtype: str = setting("auto", "of torch's engines", ("auto", "float32", "bfloat16", "float16"))
     threads: int = setting(0, "CPU threads; 0 is the engine's choice", high=4096)
     seed: int = setting(1337, "of weights and prompts")
     plot: str = setting(None, "speed: draw the sweep into this file")
@@ -106,8 +106,7 @@ def bench_speed(cfg):
     archs, engines = chosen(cfg, "archs", ARCHS), chosen(cfg, "engine", ENGINES)
     shapes = list(itertools.product(*(numbers(cfg, name) for name in ("src", "new", "batch"))))
     jobs = [(time_engine, cfg, arch, engine, shapes) for engine in engines for arch in archs]
-    # T5 has an encoder, and compiling a decoder gains nothing: its steps differ in length.
-    rows = measured([job for job in jobs if job[2] != "dec" or job[3] not in ("t5", "compiled")])
+    rows = measured([job for job in jobs if job[2:4] != ("dec", "t5")])  # T5 has an encoder
     beside_dec(rows, ("engine", "batch", "src", "new"), "first_ms", "tok_s")
     title = f"{cfg.preset}: ms to the first token, and tokens/s after it; medians of {cfg.repeats}"
     table(title, rows, "arch cache")
@@ -152,13 +151,17 @@ def make_engine(engine, config, cfg, world):
             del model
             twin = Exported(f"{folder}/export", cfg.threads, world.device.type)
         return twin.generate, params
-    model = world.place(model.to(world.dtype))
+    model = model.to(world.dtype)
+    if engine == "t5":
+        return model.generate, params
+    model = world.place(model)
     if engine == "nocache":
         return lambda prompts, new: generate_without_cache(model, prompts, new), params
     if engine == "compiled":
         for block in model.enc:
             block.compile()
-    return (model if engine == "t5" else pack(model)).generate, params
+        StaticSteps(model, mode="reduce-overhead")
+    return pack(model).generate, params
 
 
 @torch.inference_mode()
@@ -335,7 +338,8 @@ def time_training(cfg, arch, engine, shape):
     width = new if config.n_enc else src_len + new
     tgt = rng.integers(5, config.vocab_size, (batch, width))
     mask = np.broadcast_to(np.arange(width) >= width - new, tgt.shape).copy()
-    model = world.place((PeerT5 if engine == "t5" else Transformer)(config))
+    model = PeerT5(config) if engine == "t5" else world.place(Transformer(config))
+    model = model.to(world.device)
     rates = dict(lr=1e-4, embed_lr=1e-4, weight_decay=0.1)
     rates["optimizer"] = "adamw" if engine == "t5" else "muon"
     optimizers = make_optimizers(model, SimpleNamespace(**rates), world)

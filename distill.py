@@ -35,7 +35,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint
 
 import data.corpus
 import lib.runs
@@ -43,10 +42,10 @@ import train
 from data.objectives import count_tokens, make_batch
 from data.sets import evenly, open_data
 from data.tokenizer import load_tokenizer
-from lib.device import catch_signals, compile_parts, eager, start, to_device
-from lib.runs import Log, is_better, new_run, read_run, restore, save_best, save_checkpoint
+from lib.device import catch_signals, compile_parts, in_chunks, start, to_device
+from lib.runs import Log, new_run, read_run, restore, save_best, save_checkpoint
 from lib.settings import UserError, read_json, read_settings, script, setting
-from lib.weights import check_teacher
+from lib.weights import weight_files
 from model import PRESETS, Transformer, read_config, shift_right
 from train import TIMED, evaluate, lr_share, make_model, make_optimizers, steps_that_fit
 
@@ -90,9 +89,10 @@ class Settings:
     eval_rows: int = setting(256, "held-out rows an evaluation; 0 is all", high=2**20)
     seed: int = setting(1337, "of weights, rows and answers")
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
-    dtype: str = setting("auto", "of matrix products", ("auto", "float32", "bfloat16"))
+    dtype: str = setting("auto", "of matrix products", ("auto", "float32", "bfloat16", "float16"))
     compile: str = setting("auto", "torch.compile", ("auto", "true", "false"))
     threads: int = setting(0, "CPU threads; 0 is torch's choice", high=4096)
+    deterministic: bool = setting(False, "CUDA: the same bits again, but slower; a CPU gives them")
     # No keys: of a text alone, told by --split, or the teacher's.
     checkpoint_blocks, vocab_size, n_enc, n_dec, tokenizer = None, None, None, None, "bpe"
 
@@ -115,24 +115,12 @@ def resolve(cfg):
 # ----------------------------------------------------------------------------------------------
 # Divergences
 
-CHUNK = 2**24  # logits that exist at a time: 64 MB in float32
-
 
 def divergence(student, teacher, kl):
     """Divergence in nats at each position, (N,), of log-probabilities (N, V). `reverse` is
     KL(student || teacher), `forward` is KL(teacher || student)."""
     p, q = (student, teacher) if kl == "reverse" else (teacher, student)
     return (p.exp() * (p - q)).sum(-1)
-
-
-def in_chunks(function, n_words, *tensors):
-    """Sums function(*parts) over parts of the tensors (N, ...). No more than CHUNK logits exist at
-    a time; the backward pass computes each part's again."""
-    size = max(1, CHUNK // n_words)
-    if len(tensors[0]) <= size:
-        return function(*tensors)
-    parts = zip(*(tensor.split(size) for tensor in tensors))
-    return sum(checkpoint(function, *part, use_reentrant=False) for part in parts)
 
 
 def states_at(model, src, *targets):
@@ -203,6 +191,16 @@ class OwnTeacher:
         return drawn(self.model, prompts, n, seed, self.n_ids)
 
 
+def check_teacher(folder):
+    """UserError for a local folder with which `transformers` would go elsewhere, or never end."""
+    path = os.path.join(folder, "config.json")
+    if os.path.exists(path):  # an adapter has none
+        weight_files(folder)
+        layers = [x for key, x in read_json(path).items() if "layer" in key and type(x) is int]
+        if max([0, *layers]) > 999:
+            raise UserError(f"{path} tells of thousands of layers")
+
+
 class ForeignTeacher:
     """A causal language model that `transformers` loads, or a LoRA adapter of one."""
 
@@ -218,6 +216,7 @@ class ForeignTeacher:
             if cfg.finetune_teacher:
                 import peft
 
+                model.gradient_checkpointing_enable(dict(use_reentrant=False))
                 # As the paper's released code has it; Hu et al., 2021.
                 about = dict(r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear")
                 self.model = peft.get_peft_model(model, peft.LoraConfig(**about))
@@ -300,7 +299,7 @@ def student_answers(model, train_set, rows, step, n_ids, seed):
     # Early answers do not end, but should not cost much more than the step's references.
     n = min(pairs.tgt_len, 16 + max(len(pairs.targets[row]) for row in train_set.rows(step)))
     model.eval()
-    with eager():  # lengths differ from step to step
+    with torch.compiler.set_stance("force_eager"):  # lengths differ from step to step
         prompts = [pairs.prompt(row) for row in rows]
         seeds = [((seed * 1_000_003 + step) * 1_000_003 + int(row)) % 2**63 for row in rows]
         answers = drawn(model, prompts, n, seeds, n_ids)
@@ -337,7 +336,7 @@ def answers_loss(teacher, pairs, prompts, rows, world):
 
 def finetune(cfg, world, teacher, train_set, valid_set):
     """Trains the adapter of an hf: teacher. A run that was stopped begins again."""
-    model = teacher.model
+    model = teacher.model.train()
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, cfg.lr, betas=(0.9, 0.95), weight_decay=0.0)
     cfg.out = new_run(f"teacher-{train_set.name}", cfg, world, train_set, valid_set)
@@ -354,7 +353,7 @@ def finetune(cfg, world, teacher, train_set, valid_set):
         for micro in range(cfg.grad_accum):
             rows, _ = train_set.share(step, world.rows(micro, cfg.batch_size))
             loss, n = answers_loss(teacher, *train_rows, rows, world)
-            loss.backward()
+            (loss * world.scale).backward()
             loss_sum, targets = loss_sum + loss.item(), targets + n
         loss_sum, targets = world.sum(loss_sum, targets)
         world.sum_gradients(params)
@@ -432,13 +431,14 @@ def main():
         stopping = world.sum(len(stop))[0] > 0
         interval = cfg.eval_interval or math.ceil((cfg.max_iters or 1e9) / 8)
         if (last or step % interval == 0) and not stopping and state["last"] != step:
-            with eager():  # held-out shapes would be compiled one by one
+            # Held-out shapes would be compiled one by one.
+            with torch.compiler.set_stance("force_eager"):
                 metrics = evaluate(model, valid_set, cfg, world, step)
             shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
             world.say(f"step {step}: {shown}")
             log.add(dict(step=step, time_s=state["time_s"], tokens=state["tokens"], **metrics))
             log.plot(metric)
-            if metric in metrics and is_better(metrics, state["best"], metric):
+            if metric in metrics and train.is_better(metrics, state["best"], metric):
                 state["best"] = dict(metrics, step=step)
                 save_best(cfg.out, model, step, world)
             state |= dict(last=step, metrics=metrics)
@@ -480,16 +480,15 @@ def main():
             loss_sum, kd_sum = loss_sum + loss.detach(), kd_sum + kd.detach() / m
             tokens += count_tokens(batch, pad)
         world.sum_gradients(params)
+        grads = [p.grad for p in params if p.grad is not None]
+        torch._foreach_div_(grads, world.scale)
         norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
         loss, kd, norm = torch.stack((loss_sum, kd_sum, norm)).tolist()  # a step waits for its GPU
         loss, kd, tokens = map(float, world.sum(loss, kd, tokens))
-        if not math.isfinite(loss + norm):  # before it reaches a weight
-            raise UserError(
-                f"the loss is {loss} and the norm of its gradient {norm} at step {step}; the last "
-                f"checkpoint in {cfg.out} is kept. Lower --lr={cfg.lr} or raise --warmup_iters"
-            )
+        if world.usable(loss, norm, step, cfg):
+            for optimizer in optimizers:
+                optimizer.step()
         for optimizer in optimizers:
-            optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
         # What it took.

@@ -19,6 +19,7 @@ way, the graphs are first written in float32 and must say what torch says, whate
 import argparse
 import copy
 import inspect
+import math
 import os
 import shutil
 import tempfile
@@ -31,11 +32,11 @@ from onnx import TensorProto, helper
 
 from data.objectives import OBJECTIVES, make_batch, uniforms
 from data.tokenizer import load_tokenizer
-from lib import weights
+from lib import runs, weights
 from lib.runs import can_write, newest_run, read_run, write_json
 from lib.runtime import FILE, About, Exported, Static
 from lib.settings import UserError, read_json, read_settings, script, setting
-from model import Transformer, shift_right
+from model import PRESETS, Transformer, count_params, make_config, shift_right
 
 MS = "com.microsoft"
 CHUNK = 128  # tokens of its prompt that a static decoder-only graph reads at a time
@@ -50,7 +51,7 @@ REPORT = """{params:,} parameters in {bytes:,} bytes; on {rows} held-out rows {t
 
 @dataclass
 class Settings:
-    run: str = setting(None, "run folder [newest in out/]; hf:FOLDER_OR_ID or mu:FILE for run")
+    run: str = setting(None, "run folder [newest in out/]; hf:FOLDER_OR_ID for run")
     out: str = setting(None, "folder to write [the run's name and the precision]")
     format: str = setting("onnx", "or run: weights of others become one", ("onnx", "run"))
     tokenizer: str = setting(None, "run: a tokenizer.json, where none lies beside the weights")
@@ -66,19 +67,16 @@ class Settings:
 
 def check(cfg):
     """UserError for keys that do not go together."""
-    foreign = cfg.run.startswith(("hf:", "mu:"))
+    foreign = cfg.run.startswith("hf:")
     precisions = dict(onnx=PRECISIONS, run=("fp32",))
     allowed = ("fp32", "int8") if cfg.static else precisions[cfg.format]
-    lengths = cfg.src_len is not None or cfg.tgt_len is not None
     for wrong, message in (
-        (foreign and cfg.format != "run", "weights of others become a run first: --format=run"),
-        (not foreign and cfg.format == "run", "--format=run is for hf:... and mu:..."),
+        (foreign != (cfg.format == "run"), "--format=run is for hf:..., and those for it alone"),
         (cfg.format == "run" and not cfg.out, "--format=run needs --out=FOLDER"),
         (cfg.tokenizer and cfg.format != "run", "--tokenizer is for --format=run"),
-        (cfg.static and cfg.format != "onnx", "--static is for --format=onnx"),
-        (cfg.json and cfg.format != "onnx", "--json is for --format=onnx"),
+        ((cfg.static or cfg.json) and cfg.format == "run", "--static, --json: for --format=onnx"),
         (cfg.json and not can_write(cfg.json), f"--json={cfg.json} cannot be written"),
-        (lengths and not cfg.static, "--src_len and --tgt_len are for --static"),
+        ((cfg.src_len or cfg.tgt_len) and not cfg.static, "--src_len, --tgt_len are for --static"),
         (cfg.precision not in allowed, f"--precision: there is {', '.join(allowed)} here"),
     ):
         if wrong:
@@ -825,7 +823,8 @@ def compare(model, twin, batch, prompts, new):
         logits = twin.request([T], 1, memory).feed(tokens, np.array([T]), np.arange(T))
         logits = torch.from_numpy(logits.astype(np.float32))[None]
         logits = torch.cat((wanted[:, : int(bos < 0)], logits), dim=1)
-        losses += [model.loss(both, row, seen).item() for both in (wanted, logits)]
+        nats = [-said.log_softmax(-1).gather(2, row[:, :, None])[seen] for said in (wanted, logits)]
+        losses += [each.sum().item() for each in nats]
         widest = max(widest, (wanted - logits)[seen].abs().max().item() if seen.any() else 0)
         largest = max(largest, wanted.abs().max().item())
     endless, same, total = copy.copy(model), 0, 0
@@ -889,6 +888,38 @@ def export_run(cfg, folder):
     return named | report | dict(text=origin)
 
 
+def to_encdec(model, n_enc, n_dec):
+    """A decoder-only model -> an encoder-decoder that starts from it (T5Gemma: Zhang et al., 2025):
+    evenly spaced layers in both stacks; each cross-attention begins as the self-attention of its
+    layer."""
+    cfg = model.config
+    n_enc, n_dec = n_enc or cfg.n_dec, n_dec or cfg.n_dec
+    if cfg.n_enc or max(n_enc, n_dec) > cfg.n_dec:
+        raise UserError(f"--n_enc and --n_dec take layers from the decoder, which has {cfg.n_dec}")
+    new = Transformer(replace(cfg, n_enc=n_enc, n_dec=n_dec, src_len=cfg.tgt_len))
+    new.load_state_dict(model.state_dict(), strict=False)  # embeddings, the last norm, the head
+    new.enc_norm.load_state_dict(model.dec_norm.state_dict())
+    for stack in (new.enc, new.dec):
+        for i, block in enumerate(stack):
+            old = model.dec[round(i * (cfg.n_dec - 1) / max(1, len(stack) - 1))].state_dict()
+            cross = {k.replace("attn", "cross"): x for k, x in old.items() if k[:4] == "attn"}
+            block.load_state_dict(old | cross, strict=False)  # an encoder's block has no cross
+    return new
+
+
+def write_run(model, place, name, folder, tokenizer=None):
+    """A foreign model as a run in a new folder; its tokenizer's file is in `place`."""
+    words = load_tokenizer(tokenizer or place)
+    weights.fit_vocabulary(model, words, name)
+    model.save(folder)
+    words.save(folder)
+    sizes = {preset: count_params(make_config(preset, "dec")) for preset in PRESETS}
+    nearest = min(sizes, key=lambda preset: abs(math.log(sizes[preset] / model.num_params())))
+    settings = dict(preset=nearest, src_len=1024, tgt_len=256)
+    settings["objective"] = "prefix" if model.config.n_enc else "causal"
+    runs.write_run(folder, settings, None, weights_of=name)
+
+
 def main():
     cfg = read_settings(Settings, __doc__)
     cfg.run = (cfg.run or newest_run()).rstrip("/")
@@ -906,7 +937,10 @@ def main():
         if cfg.format == "onnx":
             report = export_run(cfg, new)
         else:
-            weights.write_run(cfg.run, new, cfg.tokenizer, cfg.n_enc, cfg.n_dec)
+            model, place = weights.load_llama(cfg.run[3:], cfg.run)
+            if cfg.n_enc or cfg.n_dec:
+                model = to_encdec(model, cfg.n_enc, cfg.n_dec)
+            write_run(model, place, cfg.run, new, cfg.tokenizer)
         if os.path.isdir(out):
             shutil.rmtree(out)
         os.replace(new, out)

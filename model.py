@@ -490,15 +490,18 @@ class Transformer(nn.Module):
         """Cross-entropy in nats, summed over the targets where loss_mask (B, T) is True; by default
         all that are not padding. No target: 0."""
         loss_mask = tgt != self.config.pad_id if loss_mask is None else loss_mask
-        return self.loss(self.logits(self.states(src, tgt)), tgt, loss_mask)
+        if self.config.bos_id < 0:  # nothing predicts the first token
+            loss_mask = F.pad(loss_mask[:, 1:], (1, 0))
+        states = self.states(src, tgt)
+        if src is None and states.is_cpu:  # nobody needs logits of a prompt
+            states, tgt, loss_mask = (x[loss_mask][:, None] for x in (states, tgt, loss_mask))
+        return self.loss(states, tgt, loss_mask)
 
-    def loss(self, logits, tgt, loss_mask):
-        """Summed cross-entropy of logits (B, T, V)."""
-        labels = tgt.masked_fill(~loss_mask, -100)
-        if self.config.bos_id < 0:
-            labels[:, 0] = -100  # nothing predicts the first token
+    def loss(self, states, tgt, loss_mask):
+        """Summed cross-entropy of the targets that the states (B, T, C) predict."""
         share = self.label_smoothing if self.training else 0.0
-        logits, labels = logits.flatten(0, 1).float(), labels.flatten()
+        logits, labels = self.logits(states).float(), tgt.masked_fill(~loss_mask, -100)
+        logits, labels = logits.flatten(0, 1), labels.flatten()
         return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=share)
 
     # ------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ class Settings:
     show_tokens: str = setting(None, "draw which patches of the first picture were read: FILE.png")
     seed: int = setting(1337, "of the draws")
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
-    dtype: str = setting("auto", "of weights and states", ("auto", "float32", "bfloat16"))
+    dtype: str = setting("auto", "of weights", ("auto", "float32", "bfloat16", "float16"))
     threads: int = setting(0, "CPU threads; 0 is torch's choice", high=4096)
 
 

@@ -25,8 +25,8 @@ from data.objectives import OBJECTIVES, count_tokens, examples
 from data.sets import open_data
 from data.tasks import is_task
 from data.tokenizer import load_tokenizer
-from lib.device import catch_signals, compile_parts, eager, fit_memory, start, to_device
-from lib.runs import Log, is_better, new_run, read_run, restore, resumed, save_best, save_checkpoint
+from lib.device import catch_signals, compile_parts, fit_memory, start, to_device
+from lib.runs import Log, new_run, read_run, restore, resumed, save_best, save_checkpoint
 from lib.settings import UserError, given, read_settings, script, setting
 from model import PRESETS, Transformer, make_config
 
@@ -43,6 +43,7 @@ class Settings:
     data: str = setting(
         "pycode", "pycode, pycode-full, a task, a path, a Hub id; see data/tasks.py"
     )
+    max_tokens: int = setting(None, "of a text: read no more [a Hub id: 2**30]", low=1, high=2**50)
     source_col: str = setting(None, "tasks: column of the source [the task's, or source]")
     target_col: str = setting(None, "tasks: column of the target [the task's, or target]")
     tokenizer: str = setting("bpe", "bpe (trained on the data), gpt2, bytes, or a file or folder")
@@ -68,10 +69,11 @@ class Settings:
     eval_rows: int = setting(256, "held-out rows an evaluation; 0 is all", high=2**20)
     seed: int = setting(1337, "of weights and rows")
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
-    dtype: str = setting("auto", "of matrix products", ("auto", "float32", "bfloat16"))
+    dtype: str = setting("auto", "of matrix products", ("auto", "float32", "bfloat16", "float16"))
     compile: str = setting("auto", "torch.compile", ("auto", "true", "false"))
     checkpoint_blocks: bool = setting(None, "keep less for the backward pass [on from 330m]")
     threads: int = setting(0, "CPU threads; 0 is torch's choice", high=4096)
+    deterministic: bool = setting(False, "CUDA: the same bits again, but slower; a CPU gives them")
 
 
 TASK_ROWS = dict(src_len=512, tgt_len=256, batch_size=8)  # for presets that read less
@@ -134,8 +136,7 @@ def orthogonalize(G, dtype):
     """The nearest semi-orthogonal matrix to each of G (K, m, n), m <= n, roughly: five steps of a
     Newton-Schulz iteration whose quintic brings every singular value to about 0.7 .. 1.2 (Jordan et
     al., 2024). A zero matrix stays zero."""
-    X = G.to(dtype)
-    X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    X = (G / G.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)).to(dtype)
     for _ in range(5):
         A = X @ X.mT
         X = 3.4445 * X + torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315) @ X
@@ -252,6 +253,12 @@ def make_model(cfg, tokenizer):
     return model
 
 
+def is_better(new, best, metric):
+    """Whether an evaluation beats the best one so far. Ties go to the lower loss: a metric that
+    stays at zero must not keep the first weights."""
+    return best is None or (new[metric], -new["val_loss"]) > (best[metric], -best["val_loss"])
+
+
 def evaluate(model, valid_set, cfg, world, step):
     """Metrics of the held-out rows: val_loss and more. Shows an example."""
     model.eval()
@@ -285,7 +292,7 @@ def main():
     pad, metric = train_set.tokenizer.pad, train_set.metric  # metric: chooses the best checkpoint
     fit_memory(model, train_set, cfg, world)
     if world.compile:
-        early = range(16 if cfg.objective == "seq2seq" else 1)  # a task's rows differ in length
+        early = range(1 if cfg.objective in ("span", "causal") else 16)  # others differ in length
         rows = world.rows(0, cfg.batch_size)
         compile_parts(model, [train_set.batch(step, rows) for step in early], world)
     log = Log(cfg.out, state["step"], world)
@@ -299,7 +306,8 @@ def main():
         stopping = world.sum(len(stop))[0] > 0
         interval = cfg.eval_interval or math.ceil((cfg.max_iters or 1e9) / 8)
         if (last or step % interval == 0) and not stopping and state["last"] != step:
-            with eager():  # held-out shapes would be compiled one by one
+            # Held-out shapes would be compiled one by one.
+            with torch.compiler.set_stance("force_eager"):
                 metrics = evaluate(model, valid_set, cfg, world, step)
             shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
             world.say(f"step {step}: {shown}")
@@ -328,23 +336,20 @@ def main():
             src, tgt, loss_mask = to_device(batch, world.device)
             with world.autocast():
                 loss = model(src, tgt, loss_mask)  # summed over the targets
-            loss.backward()
+            (loss * world.scale).backward()
             loss_sum = loss_sum + loss.detach()
             targets, tokens = targets + int(batch[2].sum()), tokens + count_tokens(batch, pad)
         targets, tokens = map(float, world.sum(targets, tokens))
         world.sum_gradients(params)
         grads = [p.grad for p in params if p.grad is not None]
-        torch._foreach_div_(grads, max(1.0, targets))
+        torch._foreach_div_(grads, max(1.0, targets) * world.scale)
         norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
         loss_sum, norm = torch.stack((loss_sum, norm)).tolist()  # here a step waits for its GPU
         loss = world.sum(loss_sum)[0] / max(1, targets)
-        if not math.isfinite(loss + norm):  # before it reaches a weight
-            raise UserError(
-                f"the loss is {loss} and the norm of its gradient {norm} at step {step}; the last "
-                f"checkpoint in {cfg.out} is kept. Lower --lr={cfg.lr} or raise --warmup_iters"
-            )
+        if world.usable(loss, norm, step, cfg):
+            for optimizer in optimizers:
+                optimizer.step()
         for optimizer in optimizers:
-            optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
         # What it took.

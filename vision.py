@@ -45,11 +45,11 @@ from data.metrics import score
 from data.objectives import count_tokens
 from data.picture_tasks import TASKS, open_pictures
 from data.sets import evenly
-from lib.device import catch_signals, compile_parts, eager, start, to_device
-from lib.runs import Log, is_better, new_run, read_run, restore, resumed, save_best, save_checkpoint
+from lib.device import catch_signals, compile_parts, start, to_device
+from lib.runs import Log, new_run, read_run, restore, resumed, save_best, save_checkpoint
 from lib.settings import UserError, from_dict, given, read_json, read_settings, script, setting
 from lib.weights import local_folder, read_weights
-from train import FREE, TIMED, lr_share, make_optimizers, steps_that_fit
+from train import FREE, TIMED, is_better, lr_share, make_optimizers, steps_that_fit
 
 # The last is CLIP's ViT-L/14 at 336 pixels, the paper's. CLIP's last layer is left out.
 TOWERS = {
@@ -95,9 +95,10 @@ class Settings:
     eval_rows: int = setting(256, "held-out rows an evaluation; 0 is all", high=2**20)
     seed: int = setting(1337, "of weights and rows")
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
-    dtype: str = setting("auto", "of matrix products", ("auto", "float32", "bfloat16"))
+    dtype: str = setting("auto", "of matrix products", ("auto", "float32", "bfloat16", "float16"))
     compile: str = setting("auto", "torch.compile", ("auto", "true", "false"))
     threads: int = setting(0, "CPU threads; 0 is torch's choice", high=4096)
+    deterministic: bool = setting(False, "CUDA: the same bits again, but slower; a CPU gives them")
     objective: str = setting("seq2seq", "for those who read run.json", ("seq2seq",))
     checkpoint_blocks = None  # the preset's
 
@@ -290,18 +291,22 @@ class VisionLM(lm.Transformer):
     def embedded(self, ids):
         """(B, T) -> (B, T, C), the pictures' tokens at their placeholders."""
         x, here = super().embedded(ids), ids == self.vision.image_id
-        counts = here.sum(1)  # each row's; its pictures are padded: (B, P, C)
-        each = counts.tolist() if ids.size(1) > 1 else [0]  # a token of an answer is no picture
-        n = sum(each)
-        if n == 0:
+        if ids.size(1) == 1:  # a token of an answer is no picture
             return x
-        if len(self.images) != n:
-            raise UserError(f"{n} placeholders for pictures, which have {len(self.images)} tokens")
-        pictures = nn.utils.rnn.pad_sequence(self.images.split(each), True)
-        mask = torch.arange(pictures.size(1), device=ids.device) < counts[:, None]
-        for block in self.looking:
-            block.sight = *block.look.keys_values(pictures), mask
-        return x.masked_scatter(here[:, :, None], self.images)
+        if ids.is_cpu or self.looking:  # where nobody needs the counts, a GPU need not tell them
+            counts = here.sum(1)
+            each = counts.tolist()
+            if not any(each):
+                return x
+            if sum(each) != len(self.images):
+                found = f"{sum(each)} placeholders for pictures"
+                raise UserError(f"{found}, which have {len(self.images)} tokens")
+            pictures = nn.utils.rnn.pad_sequence(self.images.split(each), True)  # (B, P, C)
+            mask = torch.arange(pictures.size(1), device=ids.device) < counts[:, None]
+            for block in self.looking:
+                block.sight = *block.look.keys_values(pictures), mask
+        images = self.images if len(self.images) else x[:0, 0]
+        return x.masked_scatter(here[:, :, None], images.to(x.dtype))
 
     def decode(self, tokens, encoded=None, src_mask=None, cache=None):
         """As Transformer's. A cache keeps what the decoder's layers see of the pictures, as
@@ -509,7 +514,8 @@ def main():
         stopping = world.sum(len(stop))[0] > 0
         interval = cfg.eval_interval or math.ceil((cfg.max_iters or 1e9) / 8)
         if (last or step % interval == 0) and not stopping and state["last"] != step:
-            with eager():  # held-out shapes would be compiled one by one
+            # Held-out shapes would be compiled one by one.
+            with torch.compiler.set_stance("force_eager"):
                 metrics = evaluate(model, valid_set, cfg, world, step)
             shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
             world.say(f"step {step}: {shown}")
@@ -541,23 +547,20 @@ def main():
                 images, _, extra = model.tokens_of(pictures)
                 loss = model(src, tgt, loss_mask, images)  # summed over the targets
             loss = loss + extra * int(batch[2].sum())  # the choice of tokens has a loss, too
-            loss.backward()
+            (loss * world.scale).backward()
             loss_sum = loss_sum + loss.detach()
             targets, tokens = targets + int(batch[2].sum()), tokens + count_tokens(batch, pad)
         targets, tokens = map(float, world.sum(targets, tokens))
         world.sum_gradients(params)
         grads = [p.grad for p in params if p.grad is not None]
-        torch._foreach_div_(grads, max(1.0, targets))
+        torch._foreach_div_(grads, max(1.0, targets) * world.scale)
         norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
         loss_sum, norm = torch.stack((loss_sum, norm)).tolist()  # here a step waits for its GPU
         loss = world.sum(loss_sum)[0] / max(1, targets)
-        if not math.isfinite(loss + norm):  # before it reaches a weight
-            raise UserError(
-                f"the loss is {loss} and the norm of its gradient {norm} at step {step}; the last "
-                f"checkpoint in {cfg.out} is kept. Lower --lr={cfg.lr} or raise --warmup_iters"
-            )
+        if world.usable(loss, norm, step, cfg):
+            for optimizer in optimizers:
+                optimizer.step()
         for optimizer in optimizers:
-            optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
         # What it took.

@@ -24,6 +24,7 @@ CACHE = os.environ.get("NANOENCDEC_CACHE", os.path.join(HERE, "cache"))
 SHARD = 2**26  # tokens
 VAL_EVERY = 20  # where a data set brings no held-out split, every 20th document is held out ...
 VAL_MOST = 2**22  # ... until there are this many tokens
+FROM_HUB = 2**30  # tokens of a Hub data set, some of which have trillions
 VOCAB_SAMPLE = 2**25  # characters that a vocabulary is trained on
 
 
@@ -121,22 +122,26 @@ def find_source(data):
 # Documents -> token files
 
 
-def prepare(data, tokenizer="bpe", vocab_size=4096, log=print):
-    """The Corpus of --data, tokenized on first use and from the cache after that."""
+def prepare(data, tokenizer="bpe", vocab_size=4096, log=print, most=None):
+    """The Corpus of --data, tokenized on first use and from the cache after that. most: tokens of
+    its training split after which the rest is left out."""
     name, identity, open_split = find_source(data)
     ready = None if tokenizer == "bpe" else load_tokenizer(tokenizer)
-    key = json.dumps([2, identity, vocab_size if ready is None else ready.hash()])
+    most = FROM_HUB if most is None and not os.path.exists(data) and is_hub_id(data) else most
+    words = vocab_size if ready is None else ready.hash()
+    key = json.dumps([2, identity, words, *([most] if most else [])])
     folder = os.path.join(CACHE, f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}")
     os.makedirs(folder, exist_ok=True)
     lock = lock_folder(folder, wait=True)  # another process may be tokenizing the same
     if not os.path.isfile(os.path.join(folder, "manifest.json")):
-        tokenize(folder, identity, open_split, ready, vocab_size, log)
+        tokenize(folder, (identity, open_split, most), ready, vocab_size, log)
     if lock:
         lock.close()
     return Corpus(folder)
 
 
-def tokenize(folder, identity, open_split, tokenizer, vocab_size, log):
+def tokenize(folder, source, tokenizer, vocab_size, log):
+    identity, open_split, most = source
     log(f"tokenizing into {folder} (once)")
     path = os.path.join(folder, "tokenizer.json")
     if tokenizer is None and not os.path.exists(path):
@@ -147,7 +152,7 @@ def tokenize(folder, identity, open_split, tokenizer, vocab_size, log):
     tokenizer = load_tokenizer(path)
     counts = {}
     for split in ("train", "val"):
-        counts[split] = tokenize_split(folder, split, open_split, tokenizer)
+        counts[split] = tokenize_split(folder, split, open_split, tokenizer, most or 2**62)
         if not counts[split]["tokens"]:
             raise UserError(
                 f"the {split} split of the data is empty: give more text, or files train and val"
@@ -167,9 +172,9 @@ def first(texts, characters):
         yield text
 
 
-def tokenize_split(folder, split, open_split, tokenizer):
-    """Writes the shards of one split, going on behind the last finished one. Documents are
-    separated by eos."""
+def tokenize_split(folder, split, open_split, tokenizer, most):
+    """Writes the shards of one split, going on behind the last finished one, until there are `most`
+    tokens. Documents are separated by eos."""
     state_path = os.path.join(folder, f"progress-{split}.json")
     state = dict(shards=0, documents=0, tokens=0, bytes=0)
     if os.path.exists(state_path):
@@ -179,7 +184,7 @@ def tokenize_split(folder, split, open_split, tokenizer):
     bar = progress(what=f"tokenizing {split}", initial=state["tokens"], **unit)
     shard, size = [], 0
     while True:
-        texts = list(itertools.islice(documents, 64))
+        texts = list(itertools.islice(documents, 64 * (state["tokens"] + size < most)))
         for text, ids in zip(texts, tokenizer.encode_batch(texts)):
             shard.append(np.array([*ids, tokenizer.eos], dtype=token_type(tokenizer)))
             size += len(ids) + 1

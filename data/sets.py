@@ -25,7 +25,7 @@ def open_data(cfg, say, n_rows):
     processes."""
     if cfg.objective == "seq2seq":
         return open_task(cfg, say, n_rows)
-    corpus = prepare(cfg.data, cfg.tokenizer, cfg.vocab_size, say)
+    corpus = prepare(cfg.data, cfg.tokenizer, cfg.vocab_size, say, cfg.max_tokens)
     say(corpus.describe())
     tell_ignored(cfg, corpus.tokenizer, say)
     return tuple(TextSet(corpus, split, cfg) for split in ("train", "val"))

@@ -3,6 +3,7 @@ understand a training step."""
 
 import contextlib
 import ctypes
+import math
 import os
 import shutil
 import signal
@@ -15,17 +16,20 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils._triton import has_triton
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from lib.settings import UserError, printable, progress
-from model import Attention, scaled_dot_product
+from model import Attention, Cache, LayerCache, scaled_dot_product
 
 
 def start(cfg):
-    """From the keys device, dtype, threads, seed and, where there is one, compile: the World."""
+    """From the keys device, dtype, threads, seed and, where there are any, compile, deterministic,
+    checkpoint_blocks and grad_accum: the World."""
     if cfg.threads:
         torch.set_num_threads(min(cfg.threads, os.cpu_count() or 1))
+    torch.use_deterministic_algorithms(getattr(cfg, "deterministic", False))
     keep_memory()
     torch.manual_seed(cfg.seed)
     return World(cfg)
@@ -35,6 +39,8 @@ class World:
     """This process among all: rank, size, device, dtype of the matrix products, whether to
     compile."""
 
+    scale, good_steps = 1.0, 0  # what the loss is multiplied by, in float16
+
     def __init__(self, cfg):
         self.rank = int(os.environ.get("RANK", 0))
         self.size = int(os.environ.get("WORLD_SIZE", 1))
@@ -43,21 +49,26 @@ class World:
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")
         if self.size > 1 and not dist.is_initialized():
-            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+            kind = dict(backend="gloo")
+            if self.device.type == "cuda":
+                kind = dict(backend="cpu:gloo,cuda:nccl", device_id=self.device)
             # The others wait while the first process tokenizes, which can take hours.
-            dist.init_process_group(backend, timeout=timedelta(days=2))
+            dist.init_process_group(**kind, timeout=timedelta(days=2))
         self.dtype = find_dtype(cfg.dtype, self.device)
-        wanted = getattr(cfg, "compile", "false")
-        # Compiling takes half a minute on a CPU, and trains 1.4 times as fast after that.
-        long = (getattr(cfg, "max_minutes", None) or 0) > 2 and shutil.which("g++")
-        pays = self.device.type == "cuda" or (self.device.type == "cpu" and long)
         self.checkpoint = getattr(cfg, "checkpoint_blocks", False)
-        self.compile = wanted == "true" or (wanted == "auto" and bool(pays))
+        wanted, gpu = getattr(cfg, "compile", "false"), self.device.type == "cuda"
+        possible = has_triton() if gpu else shutil.which("g++")
+        if wanted == "true" and not possible:
+            self.say(f"no {'Triton' if gpu else 'C++ compiler'} here: not compiled, thus slower")
+        # Compiling takes half a minute on a CPU, and trains 1.4 times as fast after that.
+        long = self.device.type == "cpu" and (getattr(cfg, "max_minutes", None) or 0) > 2
+        pays = wanted == "true" or (wanted == "auto" and (gpu or long))
+        self.compile = bool(possible and pays)
 
     def autocast(self):
         """Around every forward pass."""
-        bf16 = self.dtype == torch.bfloat16
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
+        half = self.dtype != torch.float32
+        return torch.autocast(self.device.type, self.dtype if half else None, enabled=half)
 
     def say(self, text):
         """A line on standard error, by the first process."""
@@ -71,6 +82,8 @@ class World:
     def place(self, model):
         """The model on this device, with the attention that suits it."""
         model = tune(model.to(self.device))
+        model.embed.register_forward_hook(narrow)
+        model.loss = partial(in_chunks, model.loss, model.config.vocab_size)
         if self.checkpoint:
             checkpoint_blocks(model)
         return model
@@ -109,6 +122,22 @@ class World:
         for p, part in zip(params, flat.split([g.numel() for g in grads])):
             p.grad = part.view_as(p)
 
+    def usable(self, loss, norm, step, cfg):
+        """Whether the gradients of a step may reach the weights; UserError if they are not finite.
+        In float16 they overflow now and then: that step is left out, and the loss is multiplied by
+        a smaller `scale` from then on, so that small gradients stay above zero as well as can be
+        (Micikevicius et al., 2018)."""
+        good = math.isfinite(loss + norm)
+        if self.dtype == torch.float16 and self.scale > 2**-20:
+            self.good_steps = self.good_steps + 1 if good else 0
+            grow = 2 if good and self.good_steps % 500 == 0 else 1
+            self.scale *= grow if good else 0.5
+        elif not good:
+            what = f"the loss is {loss}, the norm of its gradient {norm} at step {step}: lower"
+            kept = f"the last checkpoint in {cfg.out} is kept"
+            raise UserError(f"{what} --lr={cfg.lr} or raise --warmup_iters; {kept}")
+        return good
+
     def stop(self):
         if self.size > 1:
             dist.destroy_process_group()
@@ -123,6 +152,8 @@ def find_device(name):
     wanted = (gpus or others)[0].split(":")[0] if name == "auto" else name
     if "LOCAL_RANK" in os.environ and name.startswith("cuda:"):
         raise UserError(f"--device={name}: torchrun gives each process a GPU: use --device=cuda")
+    if gpus and usable == others and name in ("auto", "cuda"):
+        raise UserError(f"torchrun: more processes than GPUs: use --nproc_per_node={len(gpus)}")
     for device in usable:
         if wanted in (device, device.split(":")[0]):
             return torch.device(device)
@@ -130,9 +161,14 @@ def find_device(name):
 
 
 def find_dtype(name, device):
-    """The torch.dtype of --dtype; auto is bfloat16 where the device multiplies it in hardware."""
-    best = "bfloat16" if has_bf16(device) else "float32"
-    return getattr(torch, best if name == "auto" else name)
+    """The torch.dtype of --dtype; auto is bfloat16 where the device multiplies it in hardware, and
+    float16 on older cards with tensor cores, as V100 and T4."""
+    if name != "auto":
+        return getattr(torch, name)
+    if has_bf16(device):
+        return torch.bfloat16
+    old = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
+    return torch.float16 if old else torch.float32
 
 
 def has_bf16(device):
@@ -188,6 +224,25 @@ def tune(model):
     return model
 
 
+def narrow(embed, ids, x):
+    """Casts embeddings once; else autocast would add up the residual stream in float32."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
+CHUNK = 2**26  # logits that exist at a time: 256 MB in float32
+
+
+def in_chunks(function, n_words, states, *more):
+    """Sums function(*parts) over parts of the rows of `states` (rows, ..., C) and of `more`. No
+    more than CHUNK logits exist at a time; the backward pass computes each part's again."""
+    size = max(1, CHUNK // (n_words * states[:1, ..., 0].numel()))
+    if len(states) <= size:
+        return function(states, *more)
+    parts = zip(*(tensor.split(size) for tensor in (states, *more)))
+    return sum(checkpoint(function, *part, use_reentrant=False) for part in parts)
+
+
 def checkpoint_blocks(model):
     """Of each block only the input is kept for the backward pass, which computes the rest again: a
     third more work for a fraction of the memory."""
@@ -205,15 +260,14 @@ def fit_memory(model, train_set, cfg, world):
     rows of a step stay what they are."""
     while world.device.type != "cpu":
         batches = [train_set.batch(step, world.rows(0, cfg.batch_size)) for step in range(16)]
-        room, fits = [], False
+        largest = max(batches, key=lambda batch: sum(np.size(part) for part in batch[:2]))
+        room = []
         with contextlib.suppress(torch.OutOfMemoryError), world.autocast():
-            room = [torch.empty_like(p) for p in model.parameters() for _ in range(3)]
-            largest = max(batches, key=lambda batch: sum(np.size(part) for part in batch[:2]))
+            room += [torch.empty_like(p) for p in model.parameters() for _ in range(3)]
             model(*to_device(largest, world.device)).backward()
-            fits = True
-        del room
+            room.append("enough")
         model.zero_grad(set_to_none=True)
-        if all(world.gather(fits)):
+        if all(world.gather(room[-1:] == ["enough"])):
             return
         if cfg.batch_size % 2:
             raise UserError(f"--batch_size={cfg.batch_size} rows do not fit into {world.device}")
@@ -252,7 +306,7 @@ def compile_parts(model, batches, world):
     how = dict(dynamic=len(batches) > 1, options=options)
     for block in [*model.enc, *model.dec]:
         block.compile(**how)
-    model.loss = torch.compile(model.loss, **how)
+    model.loss = partial(in_chunks, torch.compile(model.loss.args[0], **how), *model.loss.args[1:])
     for batch in batches:
         with world.autocast():
             model(*to_device(batch, world.device)).backward()
@@ -260,9 +314,78 @@ def compile_parts(model, batches, world):
     torch.compiler.set_stance("eager_on_recompile")
 
 
-def eager():
-    """Around code that should not be compiled, inside a compiled model."""
-    return torch.compiler.set_stance("force_eager")
+class StaticLayer(LayerCache):
+    """A LayerCache that writes at `slot`, a tensor, and returns all slots."""
+
+    def append(self, k, v):
+        self.keys[:, :, self.slot], self.values[:, :, self.slot] = k, v
+        return self.keys, self.values
+
+
+class StaticCache(Cache):
+    """A Cache for a step of one token, whose shapes stay: what lies behind `slot` is not seen."""
+
+    def __init__(self, slot, pad, stretch, src_mask, layers):
+        self.slot, self.pad, self.stretch, self.src_mask = slot, pad, stretch, src_mask
+        self.layers = [StaticLayer(*parts[:2], parts[2:]) for parts in layers]
+        for layer in self.layers:
+            layer.slot = slot
+
+    def positions(self, T):
+        return self.slot - self.pad
+
+    def mask(self, T):
+        key = torch.arange(self.layers[0].keys.size(2), device=self.slot.device)
+        return ((self.pad <= key) & (key <= self.slot))[:, None, None], False
+
+
+class StaticSteps:
+    """Takes the place of model.decode, for one request at a time: steps of one token run as
+    compiled code of fixed shapes, on a GPU as one CUDA graph instead of hundreds of launches that
+    each take longer than their work. A graph is recorded for addresses, so a request moves into
+    tensors that stay; their lengths are multiples of 128, so that a graph serves many requests."""
+
+    def __init__(self, model, **how):
+        torch._dynamo.config.recompile_limit = 64  # shapes
+        self.decode, self.places, self.layers, model.decode = model.decode, {}, [[None]], self
+        self.step = torch.compile(self.one_token, fullgraph=True, dynamic=False, **how)
+
+    def one_token(self, tokens, *state):
+        return self.decode(tokens, cache=StaticCache(*state))
+
+    def __call__(self, tokens, encoded=None, src_mask=None, cache=None):
+        if cache is None or tokens.size(1) > 1:
+            return self.decode(tokens, encoded, src_mask, cache)
+        if cache.layers[0].keys is not self.layers[0][0]:
+            self.move(cache)  # a new request, or one of fewer rows than before
+        slot = torch.full_like(tokens[:1, 0], cache.length)
+        cache.layers[0].length += 1
+        # Cloned: the next step writes over what a CUDA graph returns.
+        return self.step(tokens, slot, *self.rows, self.layers).clone()
+
+    def move(self, cache):
+        first, B = cache.layers[0], len(cache.layers[0].keys)
+        rows, seen = first.keys.new_zeros(B, 1, dtype=torch.long), cache.src_mask
+        if first.memory:
+            whole = torch.ones_like(first.memory[0][:, 0, :, 0], dtype=torch.bool)
+            seen = F.pad(whole if seen is None else seen, (0, -whole.size(1) % 128))
+            cache.src_mask = seen
+        stretch = torch.as_tensor(cache.stretch, device=rows.device).expand(B, 1)
+        self.rows = rows if cache.pad is None else cache.pad[:, None], stretch, seen
+        self.layers = []
+        for i, layer in enumerate(cache.layers):
+            parts = enumerate((layer.keys, layer.values, *(layer.memory or ())))
+            parts = [self.placed((i, j), part) for j, part in parts]
+            layer.keys, layer.values, layer.memory = *parts[:2], parts[2:]
+            self.layers.append(parts)
+
+    def placed(self, name, x):
+        """x (B, H_kv, slots, D), longer, where the last one of this name and shape was."""
+        x = F.pad(x, (0, 0, 0, -x.size(2) % 128))
+        if (name, x.shape) not in self.places:
+            self.places[name, x.shape] = torch.empty_like(x)
+            torch._dynamo.mark_static_address(self.places[name, x.shape])
+        return self.places[name, x.shape].copy_(x)
 
 
 def to_device(batch, device):

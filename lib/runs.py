@@ -4,7 +4,6 @@ for checkpoints."""
 import contextlib
 import dataclasses
 import glob
-import itertools
 import json
 import os
 import shutil
@@ -66,18 +65,13 @@ def lock_folder(folder, wait=False):
     return file
 
 
-def free_name(name):
-    """The first of name, name-2, name-3, ... that does not exist."""
-    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
-    return next(folder for folder in names if not os.path.exists(folder))
-
-
 def new_run(name, cfg, world, train_set, valid_set, **more):
     """Makes the folder of a new run, --out or one in out/ by this name, and returns it: run.json,
     the tokenizer, sample rows, and the source that runs."""
     folder = cfg.out
     if world.rank == 0:
-        folder = folder or free_name(os.path.join("out", name))
+        free = (f"out/{name}{end}" for end in ["", *range(-2, -(10**6), -1)])
+        folder = folder or next(path for path in free if not os.path.exists(path))
         if glob.glob(os.path.join(glob.escape(folder), "*")):
             raise UserError(f"--out={folder} is not empty: choose another, or --init_from=resume")
         os.makedirs(folder, exist_ok=True)
@@ -189,12 +183,6 @@ def save_best(folder, model, step, world):
     """Writes best.safetensors, which Transformer.load prefers to the last weights."""
     if world.rank == 0:
         save_model(folder, model, "best.safetensors", step=str(step))
-
-
-def is_better(new, best, metric):
-    """Whether an evaluation beats the best one so far. Ties go to the lower loss: a metric that
-    stays at zero must not keep the first weights."""
-    return best is None or (new[metric], -new["val_loss"]) > (best[metric], -best["val_loss"])
 
 
 # ----------------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
-"""Weights of others: models of the Llama family and the paper's released one become runs.
-assets/to_hf.py goes the other way.
+"""Weights of others: models of the Llama family. assets/to_hf.py goes the other way,
+assets/from_mu.py reads the paper's released model.
 
 The Llama family, decoder-only, with plain RoPE: llama (Llama 2, SmolLM2), mistral, qwen2 (biases of
 query, key and value) and qwen3 (norms of query and key). Others still serve as teachers of
@@ -7,19 +7,15 @@ distill.py. Names of weights on the left are ours, on the right theirs.
 """
 
 import itertools
-import math
 import os
-import pickle
 from dataclasses import replace
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from data.tokenizer import load_tokenizer
-from lib import runs
 from lib.settings import UserError, read_json
-from model import PRESETS, Config, ModelError, Transformer, count_params, make_config
+from model import Config, ModelError, Transformer
 
 FAMILIES = {"llama": {}, "mistral": {}, "qwen2": dict(bias="qkv"), "qwen3": dict(qk_norm=True)}
 PLAIN = dict(rope_type="default", partial_rotary_factor=1, hidden_act="silu", mlp_bias=False)
@@ -52,16 +48,6 @@ def weight_files(folder):
         if not names or any(os.path.basename(name) != name for name in names):
             raise UserError(f"{index} names no files of its own folder")
     return [os.path.join(folder, name) for name in names]
-
-
-def check_teacher(folder):
-    """UserError for a local folder with which `transformers` would go elsewhere, or never end."""
-    path = os.path.join(folder, "config.json")
-    if os.path.exists(path):  # an adapter has none
-        weight_files(folder)
-        layers = [x for key, x in read_json(path).items() if "layer" in key and type(x) is int]
-        if max([0, *layers]) > 999:
-            raise UserError(f"{path} tells of thousands of layers")
 
 
 def read_weights(folder, where):
@@ -155,60 +141,6 @@ def assembled(config, tensors, names, where):
 
 
 # ----------------------------------------------------------------------------------------------
-# The paper's released model, microsoft/encoder-decoder-slm
-
-
-def mu_names(n_enc, n_dec):
-    names = {"embed.weight": "transformer.wte.weight", "enc_norm.weight": "transformer.ln_e.weight"}
-    names["dec_norm.weight"] = "transformer.ln_f.weight"
-    mlp, linear = {"mlp.up": "mlp.fc1", "mlp.down": "mlp.fc2"}, dict(q="q", k="k", v="v", o="out")
-    encoder = mlp | {"attn_norm": "ln1", "mlp_norm": "ln2"}
-    decoder = mlp | {"attn_norm": "ln1", "cross_norm": "ln2", "mlp_norm": "ln3"}
-    for ours, theirs in linear.items():
-        encoder[f"attn.w{ours}"] = f"attn.{theirs}_linear"
-        decoder[f"attn.w{ours}"] = f"causal_attn.{theirs}_linear"
-        decoder[f"cross.w{ours}"] = f"cross_attn.{theirs}_linear"
-    names |= layer_names("enc", "transformer.e", n_enc, encoder)
-    return names | layer_names("dec", "transformer.h", n_dec, decoder)
-
-
-def load_mu(path, where):
-    """The released checkpoint: model_state_dict and, in newer ones, model_config. Of two query
-    heads in a group the second stands behind all groups, so the heads are put into our order."""
-    try:
-        if not os.path.isfile(path):  # a pipe would wait for its writer
-            raise FileNotFoundError("missing or no plain file")
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        about = dict(n_head=6, n_kv_head=3, block_size=1024, rope_theta=10000, rope_factor=1)
-        about |= state.get("model_config") or {}
-        tensors = {key.split("_orig_mod.")[-1]: t for key, t in state["model_state_dict"].items()}
-        enc, dec = ({k.split(".")[2] for k in tensors if f"transformer.{x}." in k} for x in "eh")
-        words, n_head, n_kv = tensors["transformer.wte.weight"], about["n_head"], about["n_kv_head"]
-        head_dim = len(tensors["transformer.e.0.attn.q_linear.bias"]) // n_head
-        n_hidden, length = len(tensors["transformer.e.0.mlp.fc1.bias"]), about["block_size"]
-        shape = len(words), len(enc), len(dec), words.size(1), n_head, n_kv, head_dim, n_hidden
-        # A fixed factor of NTK scaling is another base.
-        theta = about["rope_theta"] * about["rope_factor"] ** (head_dim / (head_dim - 2))
-        dialect = dict(mlp="gelu", bias="all", qk_norm=False, rope_theta=float(theta))
-        config = Config(*shape, src_len=length, tgt_len=length, **dialect).check()
-        if torch.equal(tensors.get("lm_head.weight", words), words):
-            tensors.pop("lm_head.weight", None)  # tied, as the paper's is
-        order = torch.arange(n_head)  # ours -> theirs
-        order = order if about.get("is_interleaved") else order.view(-1, n_kv).T.flatten()
-        for key, t in tensors.items():
-            if ".q_linear." in key:
-                tensors[key] = t.unflatten(0, (n_head, -1))[order].flatten(0, 1)
-            elif key.endswith("out_linear.weight"):
-                tensors[key] = t.unflatten(1, (n_head, -1))[:, order].flatten(1)
-    except pickle.UnpicklingError:
-        raise UserError(f"{where} asks for code to be run when it is read: refused") from None
-    except Exception as error:  # torch.load and a stranger's dict raise many kinds
-        raise UserError(f"{where} holds no model of the paper's code ({error})"[:300]) from None
-    names = mu_names(config.n_enc, config.n_dec)
-    return assembled(config, tensors, names, where), os.path.dirname(path) or "."
-
-
-# ----------------------------------------------------------------------------------------------
 # Into a run
 
 
@@ -230,39 +162,3 @@ def fit_vocabulary(model, tokenizer, where):
     ids = dict(pad_id=tokenizer.pad, eos_id=tokenizer.eos)
     ids["bos_id"] = tokenizer.bos if cfg.n_enc else tokenizer.begin
     model.config = replace(cfg, vocab_size=cfg.vocab_size + new, **ids).check()
-
-
-def to_encdec(model, n_enc, n_dec, bos_id):
-    """A decoder-only model -> an encoder-decoder that starts from it (T5Gemma: Zhang et al., 2025):
-    evenly spaced layers in both stacks; each cross-attention begins as the self-attention of its
-    layer."""
-    cfg = model.config
-    n_enc, n_dec = n_enc or cfg.n_dec, n_dec or cfg.n_dec
-    if cfg.n_enc or max(n_enc, n_dec) > cfg.n_dec:
-        raise UserError(f"--n_enc and --n_dec take layers from the decoder, which has {cfg.n_dec}")
-    new = Transformer(replace(cfg, n_enc=n_enc, n_dec=n_dec, src_len=cfg.tgt_len, bos_id=bos_id))
-    new.load_state_dict(model.state_dict(), strict=False)  # embeddings, the last norm, the head
-    new.enc_norm.load_state_dict(model.dec_norm.state_dict())
-    for stack in (new.enc, new.dec):
-        for i, block in enumerate(stack):
-            old = model.dec[round(i * (cfg.n_dec - 1) / max(1, len(stack) - 1))].state_dict()
-            cross = {k.replace("attn", "cross"): x for k, x in old.items() if k[:4] == "attn"}
-            block.load_state_dict(old | cross, strict=False)  # an encoder's block has no cross
-    return new
-
-
-def write_run(name, folder, tokenizer=None, n_enc=None, n_dec=None):
-    """hf:FOLDER_OR_ID or mu:FILE as a run, in a new folder; with n_enc and n_dec, a decoder-only
-    model as an encoder-decoder of so many of its layers."""
-    load = load_llama if name.startswith("hf:") else load_mu
-    model, place = load(name[3:], name)
-    words = load_tokenizer(tokenizer or place)
-    fit_vocabulary(model, words, name)
-    if n_enc or n_dec:
-        model = to_encdec(model, n_enc, n_dec, words.bos)
-    model.save(folder)
-    words.save(folder)
-    sizes = {preset: count_params(make_config(preset, "dec")) for preset in PRESETS}
-    nearest = min(sizes, key=lambda preset: abs(math.log(sizes[preset] / model.num_params())))
-    settings = dict(preset=nearest, objective="prefix" if model.config.n_enc else "causal")
-    runs.write_run(folder, settings | dict(src_len=1024, tgt_len=256), None, weights_of=name)

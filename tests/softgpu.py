@@ -33,6 +33,7 @@ def wait():
 
 class SoftTensor(torch.Tensor):
     def __new__(cls, raw):
+        assert raw.dtype != torch.float64, "Apple's MPS has none"
         kind = dict(dtype=raw.dtype, device="soft:0", strides=raw.stride())
         with torch.inference_mode(raw.is_inference()):
             self = torch.Tensor._make_wrapper_subclass(cls, raw.shape, **kind)

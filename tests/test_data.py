@@ -80,7 +80,7 @@ def test_tokenizers_of_strangers(tmp_path, bpe):
     hf = dict(good, kind="hf", ranks=None, bos=0, eos=1, begin=-1, source=json.dumps(theirs))
     for change in (dict(source="{}"), dict(source=7), dict(bos="x"), dict(eos=10**9)):
         bad.append(json.dumps(hf | change))
-    for pattern in ("(a+)+$", "(?:a|aa)*b", "[(]([^)]\\)|a){9,}", "("):
+    for pattern in ("(?:a|aa)*b", "[(]([^)]\\)|a){9,}"):
         split = dict(type="Split", pattern=dict(Regex=pattern), behavior="Isolated", invert=False)
         bad.append(json.dumps(theirs | dict(pre_tokenizer=split)))
         bad.append(json.dumps(hf | dict(source=bad[-1])))
@@ -202,8 +202,8 @@ def test_prompts():
 # --- corpora
 
 
-def quiet(*args):
-    return C.prepare(*args, log=lambda text: None)
+def quiet(data, tokenizer, vocab_size=4096, most=None):
+    return C.prepare(data, tokenizer, vocab_size, str, most)
 
 
 def all_text(corpus, split):
@@ -282,6 +282,8 @@ def test_tokenizing_goes_on_where_it_stopped_and_shards_read_as_one(tmp_path, mo
     tokens = quiet("d.jsonl", "bytes").splits["train"]
     one = whole.window(0, len(whole))
     assert len(tokens.shards) > 5 and np.array_equal(tokens.window(0, len(tokens)), one)
+    some = quiet("d.jsonl", "bytes", 4096, 10000).splits["train"]
+    assert 10000 <= len(some) < 10000 + 64 * 81
     for start in (0, 2990, len(tokens) - 7000):  # windows across the ends of shards
         assert np.array_equal(tokens.windows([start], 7000)[0], one[start : start + 7000])
 
@@ -302,12 +304,6 @@ def test_two_processes_fill_one_cache(tmp_path, text_file):
     assert len(list(tmp_path.glob("words.txt-*"))) == 1
 
 
-def test_python_source_is_split_by_file_without_copies():
-    files = C.python_files(full=False)
-    assert len(files) > 200 and len({about["sha256"] for about in files}) == len(files)
-    assert 0.02 < sum(about["split"] == "val" for about in files) / len(files) < 0.10
-
-
 BROKEN = [
     ("d.jsonl", b"", "empty"),
     ("d.jsonl", b"{not json}\n", "could not be read"),
@@ -326,9 +322,3 @@ def test_broken_files(tmp_path, name, content, says):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=says):
         quiet(name.split("/")[0], "bytes")
-
-
-def test_what_is_not_there_is_named():
-    for name in ("nowhere.txt", "./nowhere", "pycodee", "someone/some-data"):
-        with pytest.raises(UserError, match="could not be loaded" if "some-" in name else name):
-            quiet(name)

@@ -11,12 +11,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers
 from conftest import ROOT, TINY, TINY_DEC, call, one_line
 from safetensors.torch import load_file
+from test_data import foreign_bpe
 from to_hf import write_hf
 
 import data.corpus
@@ -223,7 +223,7 @@ def test_the_teachers_answers_are_kept_in_parts(run):
 
 def test_accumulation_and_two_processes_equal_a_larger_batch(run, teacher, monkeypatch):
     run("--batch_size=4", "--out=a", "--max_iters=3")
-    monkeypatch.setattr(distill, "CHUNK", 3 * 2 * BYTES.vocab_size)  # logits of three positions
+    monkeypatch.setattr("lib.device.CHUNK", 3 * 2 * BYTES.vocab_size)  # logits of three positions
     run("--batch_size=1", "--grad_accum=4", "--out=b", "--max_iters=3")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += [f"{ROOT}/distill.py", *BASE, f"--teacher={teacher}/run", "--batch_size=2"]
@@ -259,11 +259,8 @@ def test_resuming_equals_not_stopping_bit_for_bit(run, monkeypatch):
 def hf(tmp_path_factory):
     """A tiny random Llama, with more rows in its embedding than its tokenizer has ids."""
     folder = str(tmp_path_factory.mktemp("hf"))
-    words, special = tokenizers.ByteLevelBPETokenizer(), ["<s>", "<|end|>"]
-    words.train_from_iterator(LETTERS, 300, special_tokens=special, show_progress=False)
-    tokenizer = tokenizers.Tokenizer.from_str(words.to_str())
-    ends = dict(bos_token="<s>", eos_token="<|end|>")
-    text = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **ends)
+    ends = dict(tokenizer_object=foreign_bpe(LETTERS), bos_token="<s>", eos_token="</s>")
+    text = transformers.PreTrainedTokenizerFast(**ends)
     text.chat_template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}[A]"
     text.save_pretrained(folder)
     sizes = dict(vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2)

@@ -3,16 +3,17 @@
 import json
 import os
 
+import from_mu
 import pytest
 import to_hf
 import torch
 from conftest import call, one_line
 from safetensors.torch import load_file, save_file
+from test_data import foreign_bpe
 
 import export
 import sample
 from data.tokenizer import load_tokenizer
-from lib import weights
 from lib.runs import write_json
 from lib.settings import read_json
 from model import Config, Transformer
@@ -24,21 +25,9 @@ TEXT = "the quick brown fox jumps over a lazy dog, def f(x): return x"
 
 
 def make_tokenizer(folder, adds):
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    letters = pre_tokenizers.ByteLevel.alphabet()
-    special = dict(special_tokens=["<s>", "</s>"])
-    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=letters, **special)
-    tokenizer.train_from_iterator([TEXT], trainer)
-    if adds:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 0)]
-        )
     names = dict(bos_token="<s>", eos_token="</s>")
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+    foreign = foreign_bpe([TEXT], adds)
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=foreign, **names)
     fast.save_pretrained(folder)
     return fast
 
@@ -125,7 +114,7 @@ def test_as_an_encoder_decoder(run_export, monkeypatch, capsys):
     assert call(sample.main, argv, monkeypatch, capsys)[0] == 0
 
 
-def test_the_papers_checkpoint(run_export):
+def test_the_papers_checkpoint(monkeypatch, capsys):
     """Its heads stand in another order: written so, and read back into ours."""
     make_model("theirs", "llama", True, vocab_size=700)
     make_tokenizer("theirs", True)
@@ -143,12 +132,19 @@ def test_the_papers_checkpoint(run_export):
             p = p.unflatten(0, (4, -1))[order].flatten(0, 1)
         elif ours.endswith("wo.weight"):
             p = p.unflatten(1, (4, -1))[:, order].flatten(1)
-        state["_orig_mod." + weights.mu_names(2, 1)[ours]] = p.clone()
+        state["_orig_mod." + from_mu.mu_names(2, 1)[ours]] = p.clone()
     about = dict(n_head=4, n_kv_head=2, block_size=64, rope_factor=1)
     torch.save(dict(model_state_dict=state, model_config=about), "mu.pt")
-    argv = ["--run=mu:mu.pt", "--format=run", "--out=ours", "--tokenizer=theirs/tokenizer.json"]
-    status, _, err = run_export(*argv)
-    assert status == 0, err
+    argv = ["--out=ours", "--tokenizer=theirs/tokenizer.json"]
+
+    def convert(path):
+        return call(from_mu.main, [f"--file={path}", *argv], monkeypatch, capsys)[::2]
+
+    torch.save(Code(), "code.pt")
+    for path, word in (("code.pt", "refused"), ("gone.pt", "missing")):
+        status, err = convert(path)
+        assert status == 2 and word in one_line(err) and not os.path.exists("ran")
+    assert convert("mu.pt")[0] == 0
     again = Transformer.load("ours").eval()
     assert again.config.bos_id == 0
     src, tgt = torch.arange(20, 30)[None], torch.arange(40, 46)[None]
@@ -166,7 +162,6 @@ def test_folders_of_strangers(run_export):
     make_tokenizer("theirs", True)
     about = read_json("theirs/config.json")
     state = load_file("theirs/model.safetensors")
-    torch.save(Code(), "code.pt")
     index = "theirs/model.safetensors.index.json"
 
     def refused(run="hf:theirs"):
@@ -181,10 +176,7 @@ def test_folders_of_strangers(run_export):
 
     for change, says in (
         (dict(num_hidden_layers=10**9), "num_hidden_layers|n_dec"),
-        (dict(hidden_size=1e30), "config.json"),
-        (dict(hidden_size="x"), "config.json"),
         (dict(vocab_size=10**6), "embed.weight"),
-        (dict(model_type=["llama"]), "model_type"),
         (dict(model_type="gpt2"), "--teacher=hf:"),
         (dict(rope_parameters=dict(rope_type="llama3", factor=8.0)), "rope_type=llama3"),
         (dict(rope_scaling=dict(type="yarn"), rope_parameters=None), "rope_type=yarn"),
@@ -192,8 +184,6 @@ def test_folders_of_strangers(run_export):
     ):
         put(about | change)
         assert any(word in refused() for word in says.split("|")), change
-    put("[" * 200000)
-    assert "config.json" in refused()
     put(about)
     for names in ({"a": "../outside.safetensors"}, {}, {"a": "gone.safetensors"}):
         put(dict(weight_map=names), index)
@@ -205,5 +195,4 @@ def test_folders_of_strangers(run_export):
     assert "not finite" in refused()
     save_file({"x": torch.ones(100000)}, "theirs/model.safetensors")
     assert "do not fit" in refused()
-    assert "refused" in refused("mu:code.pt") and not os.path.exists("ran")
-    assert "missing" in refused("mu:gone.pt") and "no such folder" in refused("hf:./gone")
+    assert "no such folder" in refused("hf:./gone")

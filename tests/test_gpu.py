@@ -2,6 +2,7 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,10 +13,12 @@ from torch._dynamo.testing import CompileCounter
 
 import data.corpus
 import distill
+import lib.device
 import lib.runs
 import sample
 import train
-from lib.device import checkpoint_blocks, fast_attention, find_device, tune
+import vision
+from lib.device import StaticSteps, World, checkpoint_blocks, fast_attention, find_device, tune
 from lib.settings import UserError
 from model import Transformer, make_config, scaled_dot_product
 
@@ -71,7 +74,9 @@ def test_a_training_step_waits_once(run, trained):
     run(train.main, *MODEL, *WORDS, "--arch=dec", "--out=teacher")
     words = [*WORDS, "--teacher=teacher", "--student=tiny", "--sequences=data"]
     waits = run(distill.main, *words, "--out=student")
-    assert (len(trained[1]), len(waits)) == (1, 1), (trained[1], waits)
+    words = ["--data=shapes", "--image_size=24", "--patch=8", *WORDS[2:4], *WORDS[5:]]
+    seen = run(vision.main, *MODEL, "--src_len=128", "--tgt_len=24", *words, "--out=seen")
+    assert (len(trained[1]), len(waits), len(seen)) == (1, 1, 1), (trained[1], waits, seen)
 
 
 def test_a_decoded_token_waits_once(run, trained):
@@ -148,7 +153,7 @@ def test_blocks_compile_whole_and_once_for_many_shapes():
     torch._dynamo.reset()
     for block in [*model.enc, *model.dec]:
         block.compile(backend=counter, dynamic=True, fullgraph=True)
-    for B, S, T in torch.randint(2, 40, (6, 3)).tolist():
+    for B, S, T in torch.randint(2, 40, (12, 3)).tolist():
         model(torch.randint(3, 60, (B, S)), torch.randint(3, 60, (B, T))).backward()
     assert 0 < counter.frame_count <= 4
 
@@ -167,9 +172,81 @@ def test_too_little_memory_halves_the_rows(trained, monkeypatch, capsys):
     assert losses("halved") == pytest.approx(losses(trained[0]), abs=1e-4)
 
 
+@pytest.mark.parametrize("arch", ["encdec", "dec"])
+def test_logits_in_parts_give_the_same_gradients(arch, world, monkeypatch):
+    model, rows = tiny(arch), torch.randint(3, 60, (7, 20))
+    batch = (rows if arch == "encdec" else None), rows.flip(0), rows > 30
+    model(*batch).backward()
+    wanted = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    world("cpu").place(model)
+    most, linear = [], F.linear
+    monkeypatch.setattr(F, "linear", lambda *args: most.append(linear(*args)) or most[-1])
+    monkeypatch.setattr("lib.device.CHUNK", 2000)
+    model(*batch).backward()
+    assert max(y.numel() for y in most if y.size(-1) == 60) <= 2000
+    for p, grad in zip(model.parameters(), wanted):
+        assert torch.allclose(p.grad, grad, atol=1e-5)
+
+
+@pytest.mark.parametrize("arch", ["encdec", "dec"])
+def test_compiled_steps_of_fixed_shapes_say_the_same(arch):
+    model, counter = tiny(arch).eval(), CompileCounter()
+    requests = [[[5, 6, 7], [8] * 9, [9, 4]], [[7] * 30, [3], [4, 5]], [[6] * 12] * 3]
+    wanted = [list(model.generate(request, 40, 3.0)) for request in requests]
+    torch._dynamo.reset()
+    StaticSteps(model, backend=counter)
+    assert [list(model.generate(request, 40, 3.0)) for request in requests] == wanted
+    assert any(None in new for new in wanted[0])  # rows end, and the batch is made smaller
+    assert counter.frame_count <= 3, "one graph for three rows, two and one"
+
+
+# ----------------------------------------------------------------------------------------------
+# Machines that are not here
+
+
+@pytest.fixture
+def world(monkeypatch):
+    """Makes a World of a process that is told of two GPUs."""
+
+    def make(device="cuda", dtype="float32", **about):
+        monkeypatch.setattr(lib.device, "find_device", find_device)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+        return World(SimpleNamespace(threads=0, device=device, dtype=dtype, seed=0, **about))
+
+    return make
+
+
 def test_torchrun_gives_each_process_its_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert find_device("cuda") == find_device("auto") == torch.device("cuda:1")
     with pytest.raises(UserError, match="torchrun"):
         find_device("cuda:0")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UserError, match="nproc_per_node=2"):
+        find_device("auto")
+
+
+def test_nccl_knows_its_gpu_and_gloo_has_the_rest(world, monkeypatch):
+    told = {}
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda **more: told.update(more))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    world()
+    assert told["backend"] == "cpu:gloo,cuda:nccl" and told["device_id"] == torch.device("cuda:1")
+
+
+@pytest.mark.parametrize("kind, dtype", [((6, 1), "float32"), ((7, 5), "float16")])
+def test_old_cards(world, kind, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: kind)
+    assert world(dtype="auto").dtype == getattr(torch, dtype)
+
+
+def test_without_a_compiler_a_run_goes_on(world, monkeypatch, capsys):
+    monkeypatch.setattr(lib.device, "has_triton", lambda: False)
+    assert not world(compile="auto").compile and capsys.readouterr().err == ""
+    assert not world(compile="true").compile
+    assert "no Triton" in capsys.readouterr().err

@@ -9,8 +9,8 @@ from conftest import TINY_ENC, call, one_line
 import export
 import sample
 import train
+from distill import check_teacher
 from lib.settings import UserError
-from lib.weights import check_teacher
 
 RESUME = (train.main, "--init_from=resume", "--out=bpe", "--max_iters=2")
 ASK = (sample.main, "--run=bpe", "--prompt=x", "--max_new_tokens=2")

@@ -273,15 +273,3 @@ def test_a_race(talk):
     assert out.count(" tokens/s, ") == 2
     alone = talk("--run=out/b", *words[2:])[1]
     assert out.endswith(alone)
-
-
-def test_a_race_on_a_terminal(monkeypatch, capsys):
-    monkeypatch.setattr(sample.os, "get_terminal_size", lambda: (43, 10))
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    lanes = dict(tokenizer=BYTES, prompt=[], objective="causal", times=[0.5, 1.0, 1.5], clock=1.5)
-    left = SimpleNamespace(run="left", answer=list(b"x" * 30 + b"\nend"), **lanes)
-    right = SimpleNamespace(run="right", answer=list(b"z"), **lanes)
-    assert sample.draw_race([left, right], 7, done=True) == 5
-    out = capsys.readouterr().out
-    assert out.startswith("\x1b[7A\x1b[J" + "left".ljust(20) + " | right\n")
-    assert "x" * 20 + " | z\n" + ("x" * 10).ljust(20) + " | \n" in out
