@@ -353,7 +353,7 @@ def finetune(cfg, world, teacher, train_set, valid_set):
         for micro in range(cfg.grad_accum):
             rows, _ = train_set.share(step, world.rows(micro, cfg.batch_size))
             loss, n = answers_loss(teacher, *train_rows, rows, world)
-            (loss * world.scale).backward()
+            loss.backward()
             loss_sum, targets = loss_sum + loss.item(), targets + n
         loss_sum, targets = world.sum(loss_sum, targets)
         world.sum_gradients(params)
@@ -476,12 +476,12 @@ def main():
             with world.autocast():
                 ce, kd = both_losses(model, batch, answered, heard, cfg)
                 loss = (1 - cfg.alpha) * ce / n + cfg.alpha * cfg.tau**2 * kd / m
-            loss.backward()
+            (loss * n * world.scale).backward()  # as large as a sum, for float16
             loss_sum, kd_sum = loss_sum + loss.detach(), kd_sum + kd.detach() / m
             tokens += count_tokens(batch, pad)
         world.sum_gradients(params)
         grads = [p.grad for p in params if p.grad is not None]
-        torch._foreach_div_(grads, world.scale)
+        torch._foreach_div_(grads, n * world.scale)
         norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
         loss, kd, norm = torch.stack((loss_sum, kd_sum, norm)).tolist()  # a step waits for its GPU
         loss, kd, tokens = map(float, world.sum(loss, kd, tokens))

@@ -4,7 +4,8 @@ Notable about this model:
 - A decoder-only model is an encoder-decoder model with no encoder: n_enc=0 removes the encoder and
   the cross-attention.
 - The dialect of the Llama family: pre-norm RMSNorm, RoPE on half-split pairs, grouped-query
-  attention, SwiGLU, tied embeddings. The small presets add QK-norm and biases of query, key, value.
+  attention, SwiGLU, tied embeddings. QK-norm and biases of query, key and value are Config's own
+  defaults; PLAIN, from 330m up, has neither.
 - Self-attention in both stacks is rotated by RoPE. Cross-attention has no positions unless
   `cross_rope` gives it some. Past the trained length the base of RoPE is stretched (NTK-aware) by
   a factor that each row gets once, from its own length.
@@ -142,7 +143,8 @@ def make_config(
     # Multiples of 8 are 16 bytes in bfloat16: what tensor cores ask for.
     config.n_hidden = 8 * (1 + round((count_params(rival) - narrow) / (wide - narrow)))
     if config.n_hidden < 8:
-        raise ModelError(f"{preset} has no parameters left for an MLP: use fewer layers")
+        layers = f"{config.n_enc}+{config.n_dec} layers"
+        raise ModelError(f"--preset={preset}: {layers} leave no parameters for an MLP: use fewer")
     return config.check()
 
 
@@ -220,8 +222,8 @@ class Attention(nn.Module):
 
     def read(self, x, source, past=None):
         """Cross-attention of x (B, T, C) to a source, which all layers share: the encoder's states
-        (B, S, C), None where `past` has their keys and values; a mask (B, 1, 1, S); RoPE of the
-        keys; RoPE of the queries."""
+        (B, S, C), None where `past` has their keys and values, which Cache.__init__ makes once; a
+        mask (B, 1, 1, S); RoPE of the keys; RoPE of the queries."""
         states, mask, key_rope, query_rope = source
         keys, values = past.memory if past else self.keys_values(states, key_rope)
         return self.attend(x, keys, values, mask, rope=query_rope)
@@ -595,7 +597,7 @@ class Transformer(nn.Module):
             tensors = {name: t.to(device, dtype) for name, t in load_file(path).items()}
             model.load_state_dict(tensors, assign=True)
         except (SafetensorError, OSError, RuntimeError) as error:
-            what = f"{path} is damaged or does not fit config.json: {error}"
+            what = f"{path} is damaged, or made by another model.py (see source/ there): {error}"
             raise ModelError(what[:400]) from None
         if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
             raise ModelError(f"{path}: {bad[0]} holds numbers that are not finite")

@@ -56,7 +56,7 @@ class Settings:
     max_minutes: float = setting(None, "training time [the preset's]", low=1e-3)
     batch_size: int = setting(None, "rows a forward pass", low=1, high=2**16)
     grad_accum: int = setting(1, "forward passes a step, on each device", low=1, high=2**16)
-    optimizer: str = setting("muon", "of the matrices; the rest has AdamW", ("muon", "adamw"))
+    optimizer: str = setting("muon", "of the matrices; adamw wants --lr=3e-3", ("muon", "adamw"))
     lr: float = setting(None, "peak learning rate of the matrices", high=100)
     embed_lr: float = setting(None, "of embeddings, gains and biases", high=100)
     weight_decay: float = setting(0.1, "of the matrices, times the learning rate", high=100)
@@ -202,7 +202,7 @@ def make_optimizers(model, cfg, world):
         muon = Muon(hidden, cfg.lr, weight_decay=cfg.weight_decay, dtype=world.dtype)
         optimizers.append(muon)
     optimizers.append(torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, fused=True))
-    for title, members in ((cfg.optimizer, matrices), ("adamw", others)):
+    for title, members in ((type(optimizers[0]).__name__, matrices), ("AdamW", others)):
         kinds = {".".join("*" if x.isdigit() else x for x in n.split(".")) for n, _ in members}
         size = sum(p.numel() for _, p in members)
         world.say(f"{title}: {size:,} parameters in {len(members)}: {', '.join(sorted(kinds))}")
@@ -342,6 +342,7 @@ def main():
         targets, tokens = map(float, world.sum(targets, tokens))
         world.sum_gradients(params)
         grads = [p.grad for p in params if p.grad is not None]
+        # Until here gradients are sums over the targets, from here on means.
         torch._foreach_div_(grads, max(1.0, targets) * world.scale)
         norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
         loss_sum, norm = torch.stack((loss_sum, norm)).tolist()  # here a step waits for its GPU

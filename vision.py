@@ -553,6 +553,7 @@ def main():
         targets, tokens = map(float, world.sum(targets, tokens))
         world.sum_gradients(params)
         grads = [p.grad for p in params if p.grad is not None]
+        # Until here gradients are sums over the targets, from here on means.
         torch._foreach_div_(grads, max(1.0, targets) * world.scale)
         norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
         loss_sum, norm = torch.stack((loss_sum, norm)).tolist()  # here a step waits for its GPU

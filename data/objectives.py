@@ -5,6 +5,8 @@ To add one, write a class like those below and put it into OBJECTIVES. It has
     window           tokens of text that a row needs, set when it is made
     rows(ids, u)     sources and targets of ids (B, window), by chance u (B, n_random) in [0, 1)
     prompt(...)      how sample.py asks a model that was trained with it
+A target that should end must end with tokenizer.eos. sample.py shows an answer behind its prompt,
+but for holes and tasks: see text_of there.
 
 A batch is (src, tgt, loss_mask), numpy arrays (B, S), (B, T), (B, T): ids padded on the right, and
 True where a target counts. src is None for a decoder-only model, whose tgt is source, separator

@@ -1,5 +1,6 @@
-"""The machine: device, precision, processes, and what makes a CPU fast. None of it is needed to
-understand a training step."""
+"""The machine: device, precision, processes, and what makes it fast. None of it is needed to
+understand a training step. World.place puts fast_attention, narrow and in_chunks around the model;
+each computes what model.py says."""
 
 import contextlib
 import ctypes

@@ -101,12 +101,12 @@ def restore(folder, model, optimizers, train_set, valid_set, world):
             optimizer.load_state_dict(saved)
         return state
     except Exception as error:  # pickle, zipfile and torch raise their own kinds
-        raise UserError(f"{path} is truncated or of another run ({error})"[:300]) from None
+        raise UserError(f"{path} is truncated, or of other code ({error})"[:300]) from None
 
 
 def write_run(folder, settings, corpus, **more):
     """run.json, and source/, a copy of the code. `corpus` is the hash of the data."""
-    for name in [*glob.glob("*.py", root_dir=ROOT), *glob.glob("[dl]*/*.py", root_dir=ROOT)]:
+    for name in [*glob.glob("*.py", root_dir=ROOT), *glob.glob("[dl]*/*.[ph]*", root_dir=ROOT)]:
         target = os.path.join(folder, "source", name)
         os.makedirs(os.path.dirname(target), exist_ok=True)
         with replacing(target) as new:

@@ -95,8 +95,8 @@ def test_schedule():
         assert lr_share(0, cfg) == 0.1 and lr_share(9, cfg) == 1.0
         assert abs(lr_share(60, cfg) - 0.5) < 1e-9 and lr_share(109, cfg) < 0.02
     assert lr_share(50, Settings(schedule="linear", warmup_iters=10)) == 1.0  # no end known yet
-    short = Settings(schedule="linear", warmup_iters=50, max_iters=20)
-    assert lr_share(2, short) == 1.0  # warm-up takes a tenth of the steps at most
+    # Warm-up takes a tenth of the steps at most.
+    assert lr_share(2, Settings(schedule="linear", warmup_iters=50, max_iters=20)) == 1.0
 
 
 # --- runs
