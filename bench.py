@@ -47,7 +47,7 @@ from data.evaluate import task_metrics, text_metrics
 from data.images import VisionConfig, n_tokens, prepare_image, read_vision
 from data.objectives import make_batch
 from data.picture_tasks import PicturePairs, is_picture_task, load_picture_task
-from data.sets import Pairs, TextSet
+from data.sets import Pairs, TextSet, decoder_only
 from data.tasks import is_task, load_task
 from data.tokenizer import load_tokenizer
 from lib.device import StaticSteps, compile_parts, pack, start, to_device
@@ -55,7 +55,7 @@ from lib.runs import ROOT, newest_run, read_run, replacing, write_json
 from lib.settings import UserError, printable, progress, read_settings, script, setting
 from model import PRESETS, Transformer, count_params, make_config
 
-ARCHS = ["dec", "1/3", "1/2", "2/3"]  # decoder-only, and the encoder's share of the layers
+ARCHS = ["dec", "prefix", "1/3", "1/2", "2/3"]  # decoder-only, and the encoder's share of layers
 ENGINES = "torch compiled onnx-fp32 onnx-fp16 onnx-int8 onnx-int4 nocache t5".split()
 
 
@@ -84,14 +84,13 @@ class Cost:
 
 def config_of(preset, arch, src, new):
     """The Config of one of ARCHS."""
-    if arch == "dec":
-        return make_config(preset, "dec", src_len=src, tgt_len=new)
-    return make_config(preset, "encdec", arch, src_len=src, tgt_len=new)
+    kind = ("encdec", arch) if "/" in arch else (arch,)
+    return make_config(preset, *kind, src_len=src, tgt_len=new)
 
 
 def named(arch, **more):
     """The first fields of a row."""
-    return dict(arch="dec" if arch == "dec" else "encdec", split=arch, **more)
+    return dict(arch="encdec" if "/" in arch else arch, split=arch, **more)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -448,6 +447,8 @@ def score_run(cfg):
     if read_vision(cfg.run):
         from vision import load_model
     model = world.place(load_model(cfg.run, device=world.device)).eval()
+    shape = model.config
+    about.arch = ("dec", "prefix", "encdec")[(shape.n_enc > 0) + (shape.src_len > 0)]
     found = (score_text if is_text else score_task)(model, about, cfg, world)
     params_m = round(model.num_params() / 1e6, 3)
     row = dict(run=cfg.run, data=cfg.data, split=cfg.eval_split, params_m=params_m)
@@ -458,7 +459,7 @@ def score_run(cfg):
 def score_task(model, about, cfg, world):
     """Scores of greedy answers, and both losses. Writes predictions.jsonl into the run folder, with
     the names that the ragas library reads."""
-    vision, lengths = read_vision(cfg.run), (about.src_len, about.tgt_len, model.config.n_enc == 0)
+    vision, lengths = read_vision(cfg.run), (about.src_len, about.tgt_len, decoder_only(about))
     columns = [getattr(about, name, None) for name in ("source_col", "target_col")]
     if vision or (is_task(cfg.data) and cfg.data != about.data):  # which has columns of its own
         columns = []
@@ -498,7 +499,6 @@ def score_text(model, about, cfg, world):
     """Losses of held-out text by the run's own objective, and the loss of going on with a text."""
     corpus = prepare(cfg.data, cfg.run, log=world.say)
     about.data, about.seed = cfg.data, cfg.seed
-    about.arch = "encdec" if model.config.n_enc else "dec"
     valid_set = TextSet(corpus, "val", about)
     found = text_metrics(model, valid_set, cfg.eval_rows, 32, world)
     found["perplexity"] = math.exp(min(700, found["val_loss"]))
@@ -522,7 +522,7 @@ def continuation_loss(model, valid_set, about, cfg, world):
             targets = np.concatenate((hole, targets), 1)
         if about.objective == "causal":
             sources, targets = None, ids
-        src, tgt, mask = make_batch(sources, targets, tokenizer, about.arch == "dec")
+        src, tgt, mask = make_batch(sources, targets, tokenizer, decoder_only(about))
         mask[:, :-after] = False
         with world.autocast():
             total += model(*to_device((src, tgt, mask), world.device)).item()
@@ -690,7 +690,7 @@ def alike(row, other):
 def training(cfg, trial, out):
     """The command that trains a trial into the folder `out`."""
     arch, distilled = trial["arch"], trial["distill"] is not None
-    names = dict(arch="dec" if arch == "dec" else "encdec", split=arch.replace("/", ""))
+    names = dict(arch="encdec" if "/" in arch else arch, split=arch.replace("/", ""))
     names["seed"] = str(trial["seed"])
     words = [f"--data={trial['data']}", "--objective=seq2seq", f"--seed={trial['seed']}"]
     words += [f"--max_iters={trial['steps']}", f"--device={cfg.device}", f"--threads={cfg.threads}"]
@@ -698,7 +698,7 @@ def training(cfg, trial, out):
         words.append(f"--{'student' if distilled else 'init_from'}={trial['init_from']}")
     else:
         words.append(f"--{'student' if distilled else 'preset'}={trial['preset']}")
-        words += ["--arch=dec"] if arch == "dec" else ["--arch=encdec", f"--split={arch}"]
+        words += ["--arch=encdec", f"--split={arch}"] if "/" in arch else [f"--arch={arch}"]
     words += shlex.split(trial["train"])
     if distilled:
         words += [f"--teacher={cfg.teacher}", *shlex.split(trial["distill"])]

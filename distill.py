@@ -123,13 +123,13 @@ def divergence(student, teacher, kl):
     return (p.exp() * (p - q)).sum(-1)
 
 
-def states_at(model, src, *targets):
-    """The student's states (B, T, C) that predict each of several targets (B, T); the source is
-    encoded once."""
-    if src is None:
-        return [model.states(None, tgt) for tgt in targets]
-    src_mask = src != model.config.pad_id
-    encoded, bos = model.encode(src, src_mask), model.config.bos_id
+def states_at(model, sources, *targets):
+    """The student's states (B, T, C) that predict each of several targets (B, T); an encoder reads
+    the source once, it is the same for all."""
+    if not model.config.n_enc:
+        return [model.states(*pair) for pair in zip(sources, targets)]
+    src_mask = sources[0] != model.config.pad_id
+    encoded, bos = model.encode(sources[0], src_mask), model.config.bos_id
     return [model.decode(shift_right(tgt, bos), encoded, src_mask) for tgt in targets]
 
 
@@ -149,10 +149,10 @@ def both_losses(model, references, answered, heard, cfg):
     # A mask as an index would make a GPU wait: it does not know how many rows come out.
     batches = [(src, tgt, mask.ravel().nonzero()[0]) for src, tgt, mask in (references, answered)]
     batches = (to_device(batch, model.embed.weight.device) for batch in batches)
-    (src, tgt, at), (_, said, said_at) = batches
+    (src, tgt, at), (prompt, said, said_at) = batches
     # Where the answers are the references, one reading of the student serves both losses.
     same, n_words = heard is None or cfg.sequences == "data", 2 * model.config.vocab_size
-    states = states_at(model, src, *([tgt] if same else [tgt, said]))
+    states = states_at(model, (src, prompt), *([tgt] if same else [tgt, said]))
     ce = in_chunks(cross_entropy, n_words, states[0].flatten(0, 1)[at], tgt.flatten()[at])
     if heard is None:
         return ce, torch.zeros_like(ce)
@@ -182,9 +182,10 @@ class OwnTeacher:
         return [[*source.tolist(), self.tokenizer.sep] for source in pairs.sources]
 
     def read(self, prompts, answers):
-        _, ids, answer = make_batch([p[:-1] for p in prompts], answers, self.tokenizer, True)
-        ids, at = to_device((ids, answer.ravel().nonzero()[0]), self.model.embed.weight.device)
-        states = self.model.states(None, ids).flatten(0, 1)[at]
+        x, y, answer = make_batch([p[:-1] for p in prompts], answers, self.tokenizer, "prefix")
+        batch = x, y, answer.ravel().nonzero()[0]
+        prompt, ids, at = to_device(batch, self.model.embed.weight.device)
+        states = self.model.states(prompt, ids).flatten(0, 1)[at]
         return self.model.logits(states)[:, : self.n_ids]
 
     def write(self, prompts, n, seed):
@@ -480,8 +481,7 @@ def main():
             loss_sum, kd_sum = loss_sum + loss.detach(), kd_sum + kd.detach() / m
             tokens += count_tokens(batch, pad)
         world.sum_gradients(params)
-        grads = [p.grad for p in params if p.grad is not None]
-        torch._foreach_div_(grads, n * world.scale)
+        torch._foreach_div_([p.grad for p in params if p.grad is not None], n * world.scale)
         norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
         loss, kd, norm = torch.stack((loss_sum, kd_sum, norm)).tolist()  # a step waits for its GPU
         loss, kd, tokens = map(float, world.sum(loss, kd, tokens))

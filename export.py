@@ -45,8 +45,7 @@ WRITTEN = {FILE, "tokenizer.json", "weights.bin"}  # all that an export has in i
 WRITTEN |= {"encoder.onnx", "prefill.onnx", "decoder.onnx"}
 REPORT = """{params:,} parameters in {bytes:,} bytes; on {rows} held-out rows {text}:
     loss {loss:.4f}, torch {torch_loss:.4f} ({loss_change:+.2%})
-    largest logit difference {logit_difference:.2g}, logits up to {largest_logit:.3g}
-    {agreement:.1%} of torch's greedy tokens"""
+    logits up to {largest_logit:.3g}, {logit_difference:.2g} apart; {agreement:.1%} of its tokens"""
 
 
 @dataclass
@@ -823,8 +822,8 @@ def compare(model, twin, batch, prompts, new):
         logits = twin.request([T], 1, memory).feed(tokens, np.array([T]), np.arange(T))
         logits = torch.from_numpy(logits.astype(np.float32))[None]
         logits = torch.cat((wanted[:, : int(bos < 0)], logits), dim=1)
-        nats = [-said.log_softmax(-1).gather(2, row[:, :, None])[seen] for said in (wanted, logits)]
-        losses += [each.sum().item() for each in nats]
+        both = wanted.log_softmax(-1), logits.log_softmax(-1)
+        losses -= [logp.gather(2, row[..., None])[seen].sum().item() for logp in both]
         widest = max(widest, (wanted - logits)[seen].abs().max().item() if seen.any() else 0)
         largest = max(largest, wanted.abs().max().item())
     endless, same, total = copy.copy(model), 0, 0
@@ -847,8 +846,10 @@ def compare(model, twin, batch, prompts, new):
 def export_run(cfg, folder):
     """Writes an ONNX export of a run -> the report, a dict."""
     objective, tokenizer = read_run(cfg.run)["settings"]["objective"], load_tokenizer(cfg.run)
-    if os.path.exists(os.path.join(cfg.run, "vision.json")):
-        raise UserError(f"{cfg.run} sees pictures, for which there is no ONNX export")
+    shape = read_json(os.path.join(cfg.run, "config.json"))
+    prefix = shape.get("src_len") and not shape.get("n_enc")
+    if prefix or os.path.exists(os.path.join(cfg.run, "vision.json")):
+        raise UserError(f"{cfg.run}: there is no ONNX export of prefix LMs and runs with pictures")
     model = Transformer.load(cfg.run).eval()
     config, new, lengths = model.config, 32, None
     batch, origin = held_out(cfg.run, objective, tokenizer, config)
@@ -941,8 +942,7 @@ def main():
             if cfg.n_enc or cfg.n_dec:
                 model = to_encdec(model, cfg.n_enc, cfg.n_dec)
             write_run(model, place, cfg.run, new, cfg.tokenizer)
-        if os.path.isdir(out):
-            shutil.rmtree(out)
+        shutil.rmtree(out, ignore_errors=True)
         os.replace(new, out)
     if cfg.json:
         write_json(cfg.json, dict(rows=[report]))

@@ -2,7 +2,7 @@
 
 Notable about this model:
 - A decoder-only model is an encoder-decoder model with no encoder: n_enc=0 removes the encoder and
-  the cross-attention.
+  the cross-attention. With src_len > 0 it is a prefix LM: its prompt is read in both directions.
 - The dialect of the Llama family: pre-norm RMSNorm, RoPE on half-split pairs, grouped-query
   attention, SwiGLU, tied embeddings. QK-norm and biases of query, key and value are Config's own
   defaults; PLAIN, from 330m up, has neither.
@@ -48,7 +48,7 @@ class Config:
     n_kv_head: int = 2  # grouped-query attention: n_head / n_kv_head query heads share one
     head_dim: int = 32
     n_hidden: int = 512  # width of the MLP
-    src_len: int = 1024  # trained length of the encoder; 0 without one
+    src_len: int = 1024  # trained length of the encoder; without one, 0, or more for a prefix LM
     tgt_len: int = 256  # trained length of the decoder; decoder-only: of prompt and answer
     mlp: str = "swiglu"  # or "gelu", the tanh approximation, which the paper's released model has
     bias: str = "qkv"  # linear layers with a bias: "none", "qkv" or "all"
@@ -68,17 +68,16 @@ class Config:
         most = dict(n_enc=256, n_dec=256, src_len=2**22, tgt_len=2**22, rope_theta=2**40)
         for field in fields(self):
             name, value = field.name, getattr(self, field.name)
-            if type(value) is not field.type and (type(value), field.type) != (int, float):
-                raise ModelError(f"config: {name} should be of type {field.type.__name__}")
             low, high = least.get(name, 1), most.get(name, 2**20)
-            if type(value) in (int, float) and not low <= value <= high:
-                raise ModelError(f"config: {name} must be from {low} to {high}")
+            kinds = (int, float) if field.type is float else (field.type,)
+            if type(value) not in kinds or not (field.type in (bool, str) or low <= value <= high):
+                raise ModelError(f"config: {name} must be {field.type.__name__}, {low} to {high}")
         for wrong, what in (
             (self.n_head % self.n_kv_head, "n_head is not a multiple of n_kv_head"),
             (self.head_dim % 2 or self.head_dim < 4, "head_dim must be even and at least 4"),
             (self.mlp not in ("swiglu", "gelu"), f"mlp={self.mlp} is neither swiglu nor gelu"),
             (self.bias not in ("none", "qkv", "all"), f"bias={self.bias} is none, qkv or all"),
-            ((self.n_enc > 0) != (self.src_len > 0), "src_len is the length of an encoder"),
+            (self.n_enc and not self.src_len, "an encoder has a src_len"),
             (self.bos_id < 0 and self.n_enc, "an encoder-decoder needs a bos_id"),
             (max(self.pad_id, self.bos_id, self.eos_id) >= self.vocab_size, "an id is no word"),
         ):
@@ -129,12 +128,12 @@ def make_config(
     count: the width of the MLP is solved so that any choice of layers costs what the decoder-only
     model costs. The paper, section 3.1, equalises with the number of layers instead.
 
-    arch is encdec or dec. split is the encoder's share, or n_enc and n_dec count the layers.
+    arch is encdec, dec or prefix. split is the encoder's share, or n_enc and n_dec count layers.
     `changes` overwrite fields of Config."""
     shape = {k: x for k, x in PRESETS[preset].items() if k not in ("splits", "train")} | changes
     rival = Config(**shape | dict(n_enc=0, src_len=0, tgt_len=src_len + tgt_len)).check()
-    if arch == "dec":
-        config = replace(rival, n_dec=n_dec or rival.n_dec)
+    if arch != "encdec":
+        config = replace(rival, n_dec=n_dec or rival.n_dec, src_len=src_len * (arch == "prefix"))
     else:
         enc, dec = PRESETS[preset]["splits"][split]
         config = replace(rival, n_enc=n_enc or enc, n_dec=n_dec or dec, src_len=src_len)
@@ -256,14 +255,12 @@ class MLP(nn.Module):
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
-class Dropout(nn.Dropout):
+class Dropout(nn.Dropout1d):
     """Drops whole channels of a row, the same at every position: on a CPU, drawing for every
     element costs a third of the training speed."""
 
     def forward(self, y):  # (B, T, C)
-        if not self.training or self.p == 0:
-            return y
-        return y * super().forward(y.new_ones(y.size(0), 1, y.size(2)))
+        return super().forward(y.mT).mT
 
 
 class EncoderBlock(nn.Module):
@@ -275,8 +272,7 @@ class EncoderBlock(nn.Module):
 
     def forward(self, x, rope, mask=None):
         x = x + self.drop(self.attn(self.attn_norm(x), rope, mask))
-        x = x + self.drop(self.mlp(self.mlp_norm(x)))
-        return x
+        return x + self.drop(self.mlp(self.mlp_norm(x)))
 
 
 class DecoderBlock(nn.Module):
@@ -292,8 +288,7 @@ class DecoderBlock(nn.Module):
         x = x + self.drop(self.attn(self.attn_norm(x), rope, mask, causal, past))
         if self.cross is not None:
             x = x + self.drop(self.cross.read(self.cross_norm(x), source, past))
-        x = x + self.drop(self.mlp(self.mlp_norm(x)))
-        return x
+        return x + self.drop(self.mlp(self.mlp_norm(x)))
 
 
 class LayerCache:
@@ -321,7 +316,7 @@ class Cache:
 
     def __init__(self, model, slots, pad, encoded=None, src_mask=None):
         cfg, like = model.config, model.embed.weight
-        self.src_mask, self.layers = src_mask, []
+        self.src_mask, self.layers, self.prefix = src_mask, [], cfg.src_len > 0 and not cfg.n_enc
         self.pad = pad if bool(pad.any()) else None
         self.stretch = stretch_of(slots - pad, slots, cfg.tgt_len)
         if encoded is not None:
@@ -342,15 +337,16 @@ class Cache:
 
     def mask(self, T):
         """For the next T tokens, (mask, causal) as the kernel takes them: mask (B or 1, 1, T,
-        length + T) is causal over the slots and blind to padding. A padding slot still sees itself:
-        a query that sees nothing is 0/0 in softmax, and one NaN in a value spoils every row that
-        gives it weight zero."""
+        length + T) is causal over the slots, but for the prompt of a prefix LM, and blind to
+        padding. A padding slot still sees itself: a query that sees nothing is 0/0 in softmax, and
+        one NaN in a value spoils every row that gives it weight zero."""
         if self.pad is None and (T == 1 or self.length == 0):
-            return None, T > 1
+            return None, T > 1 and not self.prefix
         key = torch.arange(self.length + T, device=self.layers[0].keys.device)
         query = key[self.length :, None]  # (T, 1)
         first = key.new_zeros(1, 1, 1) if self.pad is None else self.pad[:, None, None]
-        return ((key <= query) & ((key >= first) | (key == query)))[:, None], False
+        seen = (key <= query) | (self.prefix and self.length == 0)
+        return (seen & ((key >= first) | (key == query)))[:, None], False
 
     def select(self, rows):
         """Keeps, repeats or reorders rows; `rows` (B',) of indices. Beam search does that."""
@@ -452,8 +448,8 @@ class Transformer(nn.Module):
         """States (B, T, C) of the decoder after `tokens` (B, T), which are inputs, already shifted.
 
         Without a cache, `tokens` are the whole sequence and `encoded` (B, S, C) the encoder's
-        states. With one, they follow what the cache holds, any number at a time, and the source
-        is already inside."""
+        states; in a prefix LM src_mask (B, T) is True at the prompt. With one, they follow what the
+        cache holds, any number at a time, and the source is already inside."""
         T, device = tokens.size(1), tokens.device
         positions, key_rope = torch.arange(T, device=device)[None], None
         if cache is None:
@@ -461,6 +457,9 @@ class Transformer(nn.Module):
             mask, causal, layers = None, True, [None] * len(self.dec)
             if encoded is not None:
                 key_rope = self.cross_rope(torch.arange(encoded.size(1), device=device)[None])
+            elif self.config.src_len and src_mask is not None:
+                earlier = torch.ones(T, T, dtype=torch.bool, device=device).tril()
+                mask, causal = earlier | src_mask[:, None, None], False
         else:
             positions, stretch, layers = cache.positions(T), cache.stretch, cache.layers
             (mask, causal), src_mask = cache.mask(T), cache.src_mask
@@ -476,9 +475,10 @@ class Transformer(nn.Module):
         return F.linear(states, (self.head or self.embed).weight)
 
     def states(self, src, tgt):
-        """States (B, T, C) that predict the targets tgt (B, T). Decoder-only, src is None and tgt
-        holds prompt and answer. Padding is told by pad_id."""
-        cfg, encoded, src_mask = self.config, None, None
+        """States (B, T, C) that predict the targets tgt (B, T). Decoder-only, tgt holds prompt and
+        answer; src is None, or for a prefix LM a mask (B, T), True at inputs of the prompt. Padding
+        is told by pad_id."""
+        cfg, encoded, src_mask = self.config, None, src
         if cfg.n_enc:
             src_mask = src != cfg.pad_id
             if src.is_cpu and src_mask.all():  # a GPU is not asked: one would wait for its answer
@@ -495,7 +495,7 @@ class Transformer(nn.Module):
         if self.config.bos_id < 0:  # nothing predicts the first token
             loss_mask = F.pad(loss_mask[:, 1:], (1, 0))
         states = self.states(src, tgt)
-        if src is None and states.is_cpu:  # nobody needs logits of a prompt
+        if states.is_cpu and not self.config.n_enc:  # nobody needs logits of a prompt
             states, tgt, loss_mask = (x[loss_mask][:, None] for x in (states, tgt, loss_mask))
         return self.loss(states, tgt, loss_mask)
 

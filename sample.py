@@ -99,9 +99,8 @@ def beam_search(model, prompt, beams, max_new_tokens):
         scores, answers, finished = torch.zeros(1, device=states.device), [[]], []
         for step in range(max_new_tokens):
             logp = model.next_logits(states).float().log_softmax(-1) + scores[:, None]  # (beams, V)
-            best = logp.flatten().topk(min(2 * beams, logp.numel()))  # twice: half may end here
-            rows, ids = best.indices // logp.size(1), best.indices % logp.size(1)
-            scores = best.values
+            scores, best = logp.flatten().topk(min(2 * beams, logp.numel()))  # half may end here
+            rows, ids = best // logp.size(1), best % logp.size(1)
             for score, row in zip(scores[ids == eos].tolist(), rows[ids == eos].tolist()):
                 finished.append((score / (step + 1) ** 0.6, answers[row]))
             rows, ids, scores = (part[ids != eos][:beams] for part in (rows, ids, scores))
@@ -113,8 +112,7 @@ def beam_search(model, prompt, beams, max_new_tokens):
                 cache.select(rows)
                 states = model.decode(ids[:, None], cache=cache)
         else:  # what is still without an end
-            ends = zip(scores.tolist(), answers)
-            finished += [(score / len(answer) ** 0.6, answer) for score, answer in ends]
+            finished += [(x / len(ids) ** 0.6, ids) for x, ids in zip(scores.tolist(), answers)]
     return max(finished, key=lambda pair: pair[0])[1]
 
 
@@ -133,8 +131,8 @@ def attention_weights(model, source, answer):
     def kernel(q, k, v, mask, causal):
         k, v = (x.float().repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
         scores = q.float() @ k.mT * q.size(-1) ** -0.5  # (1, H, T, S)
-        if causal:
-            scores += torch.full_like(scores, -torch.inf).triu(1)
+        seen = torch.ones_like(scores, dtype=torch.bool).tril() if causal else mask
+        scores = scores if seen is None else scores.masked_fill(~seen, -torch.inf)
         kept.append(scores.softmax(-1)[0])
         return (kept[-1] @ v).to(q.dtype)
 
@@ -142,8 +140,10 @@ def attention_weights(model, source, answer):
     for block in model.dec:
         (block.attn if decoder_only else block.cross).kernel = kernel
     target = torch.tensor([[*source, *answer] if decoder_only else answer], device=device)
+    prompt = torch.arange(target.size(1), device=device)[None] <= len(source)  # of a prefix LM
+    src = prompt if decoder_only else torch.tensor([source], device=device)
     with torch.inference_mode():
-        states = model.states(torch.tensor([source], device=device), target)[0, -len(answer) :]
+        states = model.states(src, target)[0, -len(answer) :]
         probs = model.logits(states).float().softmax(-1).cpu().numpy()
     weights, first = torch.stack(kept).cpu().numpy(), int(model.config.bos_id >= 0)
     if decoder_only:  # what predicts a token stands one place before it

@@ -33,13 +33,13 @@ from model import PRESETS, Transformer, make_config
 
 @dataclass
 class Settings:
-    arch: str = setting("encdec", "encoder-decoder, or decoder-only", ("encdec", "dec"))
+    arch: str = setting("encdec", "or decoder-only: causal, prefix LM", ("encdec", "dec", "prefix"))
     preset: str = setting("nano", "size, with the defaults tuned for it", tuple(PRESETS))
     split: str = setting("2/3", "the encoder's share of the layers", ("1/3", "1/2", "2/3"))
     n_enc: int = setting(None, "encoder layers, not --split", high=256)
     n_dec: int = setting(None, "decoder layers, not --split", low=1, high=256)
     cross_rope: bool = setting(None, "RoPE in cross-attention [on for tasks]")
-    objective: str = setting(None, "[span for encdec, causal for dec]", tuple(OBJECTIVES))
+    objective: str = setting(None, "[span; causal for dec; prefix]", tuple(OBJECTIVES))
     data: str = setting(
         "pycode", "pycode, pycode-full, a task, a path, a Hub id; see data/tasks.py"
     )
@@ -93,13 +93,13 @@ def resolve(cfg):
         for name in ("arch", "preset", "split", "n_enc", "n_dec", "vocab_size", "tokenizer"):
             if name in chosen:
                 raise UserError(f"--{name} is decided by the run in --init_from: leave it out")
-        cfg.arch = "encdec" if parent.n_enc else "dec"
+        cfg.arch = ("dec", "prefix", "encdec")[(parent.n_enc > 0) + (parent.src_len > 0)]
         preset = read_run(cfg.init_from)["settings"].get("preset")
         cfg.preset = preset if preset in [*PRESETS] else cfg.preset
         cfg.tokenizer = f"{cfg.init_from}/"  # a folder, whatever its name
         cfg.cross_rope = parent.cross_rope if cfg.cross_rope is None else cfg.cross_rope
     wants_task = is_task(cfg.data) or cfg.source_col or cfg.target_col
-    text = "span" if cfg.arch == "encdec" else "causal"
+    text = dict(encdec="span", dec="causal", prefix="prefix")[cfg.arch]
     cfg.objective = cfg.objective or ("seq2seq" if wants_task else text)
     if wants_task and cfg.objective != "seq2seq":
         raise UserError(f"--data={cfg.data} is a task: leave --objective={cfg.objective} out")
@@ -107,7 +107,7 @@ def resolve(cfg):
         raise UserError(f"--data={cfg.data} is text without targets; docstring makes a task of it")
     if cfg.arch == "encdec" and cfg.n_enc == 0:
         raise UserError("--n_enc=0: a model without an encoder is --arch=dec")
-    if cfg.arch == "dec" and (cfg.n_enc or cfg.cross_rope):
+    if cfg.arch != "encdec" and (cfg.n_enc or cfg.cross_rope):
         raise UserError("--n_enc and --cross_rope are for --arch=encdec")
     defaults = dict(PRESETS[cfg.preset]["train"], vocab_size=PRESETS[cfg.preset]["vocab_size"])
     if cfg.objective == "seq2seq" and defaults["src_len"] < TASK_ROWS["src_len"]:
@@ -247,8 +247,8 @@ def make_model(cfg, tokenizer):
     model = Transformer.load(cfg.init_from, **drops)
     old = model.config  # a length that was trained once stays trained
     src_len, tgt_len = max(cfg.src_len, old.src_len), max(cfg.tgt_len, old.tgt_len)
-    if cfg.arch == "dec":
-        src_len, tgt_len = 0, max(cfg.src_len + cfg.tgt_len, old.tgt_len)
+    if cfg.arch != "encdec":
+        src_len, tgt_len = old.src_len, max(cfg.src_len + cfg.tgt_len, old.tgt_len)
     model.config = replace(old, src_len=src_len, tgt_len=tgt_len, cross_rope=cfg.cross_rope)
     return model
 
@@ -292,7 +292,7 @@ def main():
     pad, metric = train_set.tokenizer.pad, train_set.metric  # metric: chooses the best checkpoint
     fit_memory(model, train_set, cfg, world)
     if world.compile:
-        early = range(1 if cfg.objective in ("span", "causal") else 16)  # others differ in length
+        early = range(16 if train_set.varied else 1)
         rows = world.rows(0, cfg.batch_size)
         compile_parts(model, [train_set.batch(step, rows) for step in early], world)
     log = Log(cfg.out, state["step"], world)

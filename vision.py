@@ -428,7 +428,7 @@ def make_model(cfg, tokenizer, vision, tower_weights):
         parent = load_model(cfg.init_from)
         old, known, src_len, tgt_len = parent.config, parent.state_dict(), cfg.src_len, cfg.tgt_len
         if cfg.arch == "dec":
-            src_len, tgt_len = 0, src_len + tgt_len
+            src_len, old.src_len, tgt_len = 0, 0, src_len + tgt_len
         # A length that was trained once stays trained. Answers do not follow the order of patches.
         lengths = dict(src_len=max(src_len, old.src_len), tgt_len=max(tgt_len, old.tgt_len))
         model = VisionLM(replace(old, **lengths, cross_rope=False), vision)

@@ -32,7 +32,7 @@ def show_text(model, valid_set, world):
     """One held-out row and the model's answer to it, for people."""
     tokenizer = valid_set.tokenizer
     src, tgt, loss_mask = next(valid_set.held_out(1, 1))
-    if src is None:  # decoder-only: what is before the first target; half of a causal row
+    if valid_set.dec:  # decoder-only: what is before the first target; half of a causal row
         start = int(loss_mask[0].argmax())
         prompt = tgt[0, : start if start > 1 else tgt.shape[1] // 2].tolist()
     else:

@@ -9,8 +9,8 @@ A target that should end must end with tokenizer.eos. sample.py shows an answer 
 but for holes and tasks: see text_of there.
 
 A batch is (src, tgt, loss_mask), numpy arrays (B, S), (B, T), (B, T): ids padded on the right, and
-True where a target counts. src is None for a decoder-only model, whose tgt is source, separator
-and target in one. Targets are not shifted here.
+True where a target counts. A decoder-only model's tgt is source, separator and target in one; its
+src is None, or for a prefix LM a mask of the inputs that are prompt. Targets are not shifted here.
 
 A row is a pure function of seed, step and its number in the global batch: `uniforms` is the only
 source of chance.
@@ -220,12 +220,13 @@ def pad_rows(rows, width, pad):
 
 def count_tokens(batch, pad):
     """Real tokens of a batch, source and target."""
-    return sum(int((ids != pad).sum()) for ids in batch[:2] if ids is not None)
+    parts = [ids for ids in batch[:2] if ids is not None and ids.dtype != bool]
+    return sum(int((ids != pad).sum()) for ids in parts)
 
 
 def make_batch(sources, targets, tokenizer, decoder_only, widths=None):
     """(src, tgt, loss_mask) of lists of ids, padded to the longest, or to `widths` of source and
-    target. sources None: every token is a target."""
+    target. sources None: every token is a target. decoder_only: True, or "prefix"."""
     src_width, tgt_width = widths or (0, 0)
     if sources is None:
         tgt, loss_mask = pad_rows(targets, max(tgt_width, *map(len, targets)), tokenizer.pad)
@@ -236,7 +237,9 @@ def make_batch(sources, targets, tokenizer, decoder_only, widths=None):
         width = max(src_width + tgt_width, *map(len, rows))
         ids, real = pad_rows(rows, width, tokenizer.pad)
         starts = np.array([len(src) + 1 for src in sources])[:, None]
-        return None, ids, real & (np.arange(width)[None] >= starts)
+        # An input stands one place behind the token that it is.
+        prompt = np.arange(width)[None] <= starts if decoder_only == "prefix" else None
+        return prompt, ids, real & (np.arange(width)[None] >= starts)
     src, _ = pad_rows(sources, max(src_width, *map(len, sources)), tokenizer.pad)
     tgt, loss_mask = pad_rows(targets, max(tgt_width, *map(len, targets)), tokenizer.pad)
     return src, tgt, loss_mask

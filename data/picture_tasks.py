@@ -19,7 +19,7 @@ from PIL import Image
 from data import metrics
 from data.images import n_tokens, open_image, prepare_image, size_by_header
 from data.pictures import Drawn, picture_rows
-from data.sets import Pairs, TaskSet, task_tokenizer
+from data.sets import Pairs, TaskSet, decoder_only, task_tokenizer
 from data.tasks import IMAGE, Task, fill
 from lib.settings import UserError, progress
 
@@ -112,7 +112,7 @@ def open_pictures(cfg, vision, say, n_rows):
         rows = rows + picture_rows("charts", (500, 0, 0))["train"]
     tokenizer = task_tokenizer(cfg, rows, say)
     for split in ("train", "val"):
-        shape = tokenizer, cfg.src_len, cfg.tgt_len, cfg.arch == "dec"
+        shape = tokenizer, cfg.src_len, cfg.tgt_len, decoder_only(cfg)
         pairs = PicturePairs(task.splits[split], *shape, vision)
         say(f"{task.name}, {split}: {pairs.describe()}")
         sets.append(PictureSet(task, pairs, n_rows, cfg))

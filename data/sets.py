@@ -37,6 +37,11 @@ def tell_ignored(cfg, tokenizer, say):
         say(f"--vocab_size={cfg.vocab_size} is ignored: {size}")
 
 
+def decoder_only(cfg):
+    """False, or what --arch is: "dec" or "prefix"."""
+    return cfg.arch != "encdec" and cfg.arch
+
+
 class TextSet:
     """Windows of a split of a corpus, made into rows by an objective."""
 
@@ -44,13 +49,13 @@ class TextSet:
 
     def __init__(self, corpus, split, cfg):
         self.name, self.hash, self.tokenizer = cfg.data, corpus.hash, corpus.tokenizer
-        self.tokens, self.seed, self.dec = corpus.splits[split], cfg.seed, cfg.arch == "dec"
+        self.tokens, self.seed, self.dec = corpus.splits[split], cfg.seed, decoder_only(cfg)
         if cfg.objective == "causal" and not self.dec:
             raise UserError(
                 "--objective=causal has no source and is for --arch=dec; use span, prefix or ul2"
             )
         # A decoder-only row has a separator, so one token less of source.
-        room = cfg.src_len - (self.dec and cfg.objective != "causal")
+        room = cfg.src_len - (bool(self.dec) and cfg.objective != "causal")
         self.objective = OBJECTIVES[cfg.objective](self.tokenizer, room, cfg.tgt_len)
         window = self.objective.window
         if len(self.tokens) < window:
@@ -60,8 +65,9 @@ class TextSet:
             )
         # Span rows are all of one length; other rows are padded to fixed shapes.
         self.widths = None if cfg.objective in ("span", "causal") else (cfg.src_len, cfg.tgt_len)
+        self.varied = bool(self.dec and self.widths)  # whether batches differ in targets or shape
         src, tgt, _ = self.make(np.zeros(1), uniforms(0, 0, [0], self.objective.n_random))
-        self.lengths = 0 if src is None else src.shape[1], tgt.shape[1]
+        self.lengths = 0 if self.dec else src.shape[1], tgt.shape[1]
 
     def make(self, starts, u):
         """The batch of the windows that begin at `starts` (B,), with the chances u."""
@@ -111,7 +117,7 @@ def open_task(cfg, say, n_rows):
     task, sets = load_task(cfg.data, cfg.source_col, cfg.target_col, say), []
     tokenizer = task_tokenizer(cfg, task.splits["train"], say)
     for split in ("train", "val"):
-        pairs = Pairs(task.splits[split], tokenizer, cfg.src_len, cfg.tgt_len, cfg.arch == "dec")
+        pairs = Pairs(task.splits[split], tokenizer, cfg.src_len, cfg.tgt_len, decoder_only(cfg))
         say(f"{task.name}, {split}: {pairs.describe()}")
         sets.append(TaskSet(task, pairs, n_rows, cfg))
     return sets
@@ -133,7 +139,7 @@ class Pairs:
 
     def __init__(self, rows, tokenizer, src_len, tgt_len, decoder_only):
         self.rows, self.tokenizer, self.dec, self.tgt_len = rows, tokenizer, decoder_only, tgt_len
-        room = src_len - 1 - decoder_only  # for the end and the separator
+        room = src_len - 1 - bool(decoder_only)  # for the end and the separator
         if room < 1 or tgt_len < 2:
             raise UserError(f"--src_len={src_len} --tgt_len={tgt_len} leave no room for a row")
         sources, targets = self.encode(rows), tokenizer.encode_batch([r["target"] for r in rows])
@@ -172,6 +178,8 @@ class TaskSet:
     rows by length, a little blurred so that no two epochs have the same neighbours, cuts the line
     where a batch would exceed a budget of positions, and shuffles the batches. Every row comes
     once an epoch."""
+
+    varied = True
 
     def __init__(self, task, pairs, n_rows, cfg):
         self.task, self.pairs, self.tokenizer, self.name = task, pairs, pairs.tokenizer, task.name

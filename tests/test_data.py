@@ -308,7 +308,6 @@ BROKEN = [
     ("d.jsonl", b"", "empty"),
     ("d.jsonl", b"{not json}\n", "could not be read"),
     ("d.jsonl", b'{"text": ' + b"[" * 200000 + b"}\n", "could not be read|column"),
-    ("d.jsonl", b'{"text": ' + b"9" * 6000 + b"}\n", "could not be read|column"),
     ("d.parquet", b"x", "could not be read"),
     ("d.txt", b"\xff", "UTF-8"),
     ("e/.x", b"", "no train"),

@@ -85,11 +85,6 @@ def test_a_decoded_token_waits_once(run, trained):
     assert 0 < len(many) - len(few) <= 8, many
 
 
-def test_tensors_of_two_devices_do_not_meet(card):  # noqa: F811
-    with pytest.raises(RuntimeError, match="same device"):
-        torch.ones(3, 3).to("soft") + torch.ones(3)
-
-
 REAL = F.scaled_dot_product_attention
 
 

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from conftest import ROOT
 
 import model as M
+from data.objectives import make_batch
+from data.tokenizer import Tokenizer
 from lib.device import fast_attention, pack, tune
 from model import Cache, Config, ModelError, Transformer, count_params, make_config, pick
 
@@ -25,6 +27,7 @@ def tiny(arch, seed=0, **changes):
     """A tiny model whose every weight is random, those that start at zero or one too."""
     torch.manual_seed(seed)
     layers = dict(n_enc=2, n_dec=2) if arch == "encdec" else dict(n_enc=0, n_dec=3, src_len=0)
+    layers |= dict(src_len=9) if arch == "prefix" else {}
     model = Transformer(Config(**TINY | layers | changes)).eval()
     for p in model.parameters():
         torch.nn.init.normal_(p, 0.0 if p.ndim > 1 else 1.0, 0.15)
@@ -174,6 +177,17 @@ def test_the_decoder_is_causal_and_the_encoder_is_not():
         assert not torch.allclose(model.encode(other)[:, 0], encoded[:, 0])
 
 
+def test_a_prefix_lm_reads_its_prompt_in_both_directions_and_its_answer_in_one():
+    model, rows = tiny("prefix", vocab_size=600), ([[5, 6, 7], [8] * 5], [[6, 9], [9] * 4])
+    prompt, tgt, _ = map(torch.from_numpy, make_batch(*rows, Tokenizer("bytes"), "prefix"))
+    before = model.states(prompt, tgt)[0]
+    for place, seen in ((2, 0), (4, 5)):  # of the prompt; of the answer, an input one place later
+        changed = tgt.clone()
+        changed[0, place] = 3
+        moved = (model.states(prompt, changed)[0] - before).abs().amax(1) > 1e-4
+        assert moved.nonzero()[0] == seen
+
+
 @pytest.mark.parametrize("bos_id", [1, -1])
 def test_targets_are_shifted_by_one_and_only_once(bos_id):
     model, tgt = tiny("dec", bos_id=bos_id), ids(2, 6)
@@ -238,7 +252,7 @@ def collect(steps, row=0):
     return [step[row] for step in steps if step[row] is not None]
 
 
-@pytest.mark.parametrize("arch", ["encdec", "dec"])
+@pytest.mark.parametrize("arch", ["encdec", "dec", "prefix"])
 @pytest.mark.parametrize("options", [dict(), dict(temperature=0.9, top_k=20, top_p=0.9)])
 @pytest.mark.parametrize("new", [8, 40])  # 40 runs past the trained length
 def test_a_row_generates_what_it_generates_alone(arch, options, new):
@@ -249,15 +263,16 @@ def test_a_row_generates_what_it_generates_alone(arch, options, new):
         assert collect(together, b) == collect(alone)
 
 
-@pytest.mark.parametrize("arch, bos_id", [("encdec", 1), ("dec", 1), ("dec", -1)])
+@pytest.mark.parametrize("arch, bos_id", [("encdec", 1), ("dec", 1), ("dec", -1), ("prefix", 1)])
 def test_greedy_equals_argmax_of_the_full_model(arch, bos_id):
     model, prompt = tiny(arch, bos_id=bos_id), ids(7).tolist()
     made = collect(list(model.generate([prompt], 6)))
     with torch.no_grad():
         encoded = model.encode(torch.tensor([prompt])) if arch == "encdec" else None
-        sequence = [bos_id] * (bos_id > 0) + prompt * (arch == "dec")
+        sequence = [bos_id] * (bos_id > 0) + prompt * (arch != "encdec")
         for id in made:
-            states = model.decode(torch.tensor([sequence]), encoded)
+            seen = torch.arange(len(sequence))[None] <= 7 if arch == "prefix" else None
+            states = model.decode(torch.tensor([sequence]), encoded, seen)
             assert model.next_logits(states)[0].argmax() == id
             sequence.append(id)
 

@@ -48,12 +48,6 @@ def make_run(folder, objective, arch="encdec", vision=None):
         json.dump({"settings": {"objective": objective}}, f)
 
 
-def test_holes_become_sentinels():
-    prompt = make_prompt("span", "a<mask>b<mask>", BYTES, False)
-    assert prompt == [97, BYTES.sentinel(0), 98, BYTES.sentinel(1), BYTES.eos]
-    assert make_prompt("span", "a<mask>", BYTES, True)[-2:] == [BYTES.eos, BYTES.sep]
-
-
 # An answer, its digits standing for sentinels; its text so far; its text when it is done.
 HOLES = [("0xy1z", "axybz", "axybzc"), ("0xy", "axy", "axyb<mask>c"), ("", "", "a<mask>b<mask>c")]
 HOLES += [("1z", "a<mask>bz", "a<mask>bzc"), ("1z0xy", "axybz", "axybzc")]
