@@ -132,7 +132,7 @@ class PicturePairs(Pairs):
     blank = False
 
     def __init__(self, rows, tokenizer, src_len, tgt_len, decoder_only, vision):
-        self.vision, self.room, self.sizes = vision, src_len - 1 - decoder_only, []
+        self.vision, self.room, self.sizes = vision, src_len - 1 - bool(decoder_only), []
         for number, row in enumerate(
             progress(rows, "pictures", leave=False, disable=len(rows) < 2e4)
         ):

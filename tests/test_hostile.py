@@ -19,7 +19,7 @@ WRONG = [  # file of a run, what it says, who reads it, what is said of it
     ("run.json", dict(preset="x"), RESUME, "preset should be"),
     ("run.json", dict(objective="\x1b"), ASK, "has no prompts"),
     ("config.json", dict(n_embd=2**20, n_hidden=2**20), RESUME, "is damaged"),
-    ("config.json", dict(n_dec=1024), ASK, "n_dec must be from 1 to"),
+    ("config.json", dict(n_dec=1024), ASK, "n_dec must be int"),
 ]
 
 
