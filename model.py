@@ -15,7 +15,7 @@ This file needs torch and safetensors alone. Copied into an empty folder, it tra
 
     model = Transformer(make_config("tiny", vocab_size=32))
     for src, tgt in batches:                 # (B, S) and (B, T) of ids, padded with pad_id
-        loss = model(src, tgt) / len(tgt)    # model() sums over the targets
+        loss = model(src, tgt) / tgt.numel() # model() sums over the targets; none is padding here
         ...
 
 Shapes: B rows, S source tokens, T target tokens, C = n_embd, H = n_head, D = head_dim, V words.

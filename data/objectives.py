@@ -171,7 +171,7 @@ def examples():
     ids = np.frombuffer(b"The encoder reads its source, the decoder writes.", np.uint8)[None]
     lines = ["objectives, with a row as each makes it:"]
     for name, kind in OBJECTIVES.items():
-        lines.append(f"    {name:8} {kind.help}")
+        lines.append(f"    {name:8} {getattr(kind, 'help', '')}")
         if name in ("span", "prefix"):
             made = kind(tokenizer, 40, 16)
             u = uniforms(4, 0, [0], made.n_random)

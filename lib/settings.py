@@ -64,7 +64,7 @@ def read_value(field, text):
         value = SWITCH[text.lower()] if field.type is bool else field.type(text)
     except (KeyError, ValueError):
         value = None
-    if value is None or (choices and value not in choices):
+    if value in (None, "") or (choices and value not in choices):
         raise UserError(f"--{field.name}={text}: this key takes {kinds_of(field)}")
     if field.type in (int, float) and not low <= value <= high:  # NaN is not either
         raise UserError(f"--{field.name}={text} must be a number from {low} to {high}")
