@@ -3,7 +3,8 @@
     python assets/from_mu.py --file=CHECKPOINT.pt --tokenizer=tokenizer.json --out=RUN
 
 Its dialect: GELU, biases everywhere, heads narrower than the width, and query heads in another
-order. Its prompt for SQuAD is that of `--data=squad`.
+order. It was trained on SQuAD with a prompt of its own, not that of `--data=squad`: the released
+src/mu/generate_text2text.py has it, and `sample.py --prompt=...` takes it.
 """
 
 import os
