@@ -313,7 +313,7 @@ def test_a_foreign_teacher_is_finetuned_and_then_distilled(hf, run):
 # --- bad input
 
 BAD = {"--alpha=nan": "--alpha=nan", "--template=x": "{source}", "--student=nowhere": "nowhere"}
-BAD |= {"--teacher=nowhere": "nowhere", "--teacher=": "--teacher is missing"}
+BAD |= {"--teacher=nowhere": "nowhere", "--teacher=": "takes TEXT"}
 BAD |= {"--teacher=hf:./nowhere": "--teacher=hf:./nowhere cannot be used"}
 BAD |= {"--finetune_teacher": "hf: teachers", "--arch=dec --cross_rope": "--cross_rope"}
 

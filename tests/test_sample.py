@@ -125,7 +125,7 @@ def test_a_beam_without_an_end_does_not_win_over_ended_ones():
     assert beam_search(Chain(), [5], 2, 6) == []
 
 
-BAD = {"--run=nowhere": "nowhere", "--max_new_tokens=0": "--max_new_tokens", "--prompt=": "empty"}
+BAD = {"--run=nowhere": "nowhere", "--max_new_tokens=0": "--max_new_tokens", "--race": "takes TEXT"}
 BAD |= {"--num_samples=2": "--temperature", "--beams=2 --temperature=1": "one of them"}
 BAD |= {"--device=cuda:99": "--device", "--temprature=1": "did you mean --temperature?"}
 BAD |= {"--race=out/a --beams=2": "--race", "--show_attention=a.gif": ".html or .png"}
