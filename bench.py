@@ -160,6 +160,7 @@ def make_engine(engine, config, cfg, world):
         for block in model.enc:
             block.compile()
         StaticSteps(model, mode="reduce-overhead")
+        return model.generate, params  # torch.compile packs matrices itself
     return pack(model).generate, params
 
 
