@@ -55,7 +55,8 @@ from lib.runs import ROOT, newest_run, read_run, replacing, write_json
 from lib.settings import UserError, printable, progress, read_settings, script, setting
 from model import PRESETS, Transformer, count_params, make_config
 
-ARCHS = ["dec", "prefix", "1/3", "1/2", "2/3"]  # decoder-only, and the encoder's share of layers
+SPLITS = ["1/3", "1/2", "2/3"]  # the encoder's share of the layers
+ARCHS = ["dec", "prefix", *SPLITS]  # decoder-only: causal, prefix LM
 ENGINES = "torch compiled onnx-fp32 onnx-fp16 onnx-int8 onnx-int4 nocache t5".split()
 
 
@@ -105,7 +106,9 @@ def bench_speed(cfg):
     archs, engines = chosen(cfg, "archs", ARCHS), chosen(cfg, "engine", ENGINES)
     shapes = list(itertools.product(*(numbers(cfg, name) for name in ("src", "new", "batch"))))
     jobs = [(time_engine, cfg, arch, engine, shapes) for engine in engines for arch in archs]
-    rows = measured([job for job in jobs if job[2:4] != ("dec", "t5")])  # T5 has an encoder
+    # T5 has an encoder; a prefix LM has no ONNX export.
+    able = dict(t5=SPLITS, torch=ARCHS, compiled=ARCHS)
+    rows = measured([job for job in jobs if job[2] in able.get(job[3], ["dec", *SPLITS])])
     beside_dec(rows, ("engine", "batch", "src", "new"), "first_ms", "tok_s")
     title = f"{cfg.preset}: ms to the first token, and tokens/s after it; medians of {cfg.repeats}"
     table(title, rows, "arch cache")
@@ -315,7 +318,7 @@ def bench_train(cfg):
     archs, engines = chosen(cfg, "archs", ARCHS), chosen(cfg, "engine", ("torch", "t5"))
     shape = [numbers(cfg, name, 1)[0] for name in ("batch", "src", "new")]
     jobs = [(time_training, cfg, arch, engine, shape) for engine in engines for arch in archs]
-    rows = measured([job for job in jobs if job[2:4] != ("dec", "t5")])
+    rows = measured([job for job in jobs if job[3] != "t5" or job[2] in SPLITS])
     beside_dec(rows, (), "tok_s")
     each = f"{shape[0] * cfg.grad_accum} rows a step of {shape[1]} + {shape[2]} tokens"
     table(f"{cfg.preset}: {each}; tokens/s count both (the paper: tok_s/dec is 1.41)", rows)
@@ -334,10 +337,13 @@ def time_training(cfg, arch, engine, shape):
 
     world, rng, (batch, src_len, new) = start(cfg), np.random.default_rng(cfg.seed), shape
     config = config_of(cfg.preset, arch, src_len, new)
-    src = rng.integers(5, config.vocab_size, (batch, src_len)) if config.n_enc else None
     width = new if config.n_enc else src_len + new
     tgt = rng.integers(5, config.vocab_size, (batch, width))
     mask = np.broadcast_to(np.arange(width) >= width - new, tgt.shape).copy()
+    if config.n_enc:
+        src = rng.integers(5, config.vocab_size, (batch, src_len))
+    else:
+        src = np.cumsum(mask, axis=1) <= mask if config.src_len else None  # a prefix LM's prompt
     model = PeerT5(config) if engine == "t5" else world.place(Transformer(config))
     model = model.to(world.device)
     rates = dict(lr=1e-4, embed_lr=1e-4, weight_decay=0.1)
@@ -375,7 +381,7 @@ def time_training(cfg, arch, engine, shape):
 def bench_vision(cfg):
     cfg.preset = cfg.preset or "330m"
     kinds = chosen(cfg, "tokens", ("all", "variance", "learned", "concat"))
-    archs = chosen(cfg, "archs", ARCHS)
+    archs = chosen(cfg, "archs", ["dec", *SPLITS])
     rows = measured([(time_picture, cfg, arch, kind) for arch in archs for kind in kinds])
     title = f"{cfg.preset}, one picture: its tokens; ms to cut it and select, in the tower and the"
     table(f"{title} projector, and to the first token after that; medians of {cfg.repeats}", rows)
@@ -585,7 +591,7 @@ def bootstrap(ours, theirs, draws=4000, seed=0):
 class Compare:
     data: str = setting("docstring", "a task, as in train.py")
     preset: str = setting("nano", "size", tuple(PRESETS))
-    archs: str = setting(None, f"some of {', '.join(ARCHS)} [all; distill: 2/3]")
+    archs: str = setting(None, f"some of {', '.join(ARCHS)} [all but prefix; distill: 2/3]")
     seeds: int = setting(3, "runs of each, with the seeds 1, 2, 3 ...", low=1, high=1000)
     max_iters: int = setting(None, "equal tokens: steps of every run", low=1)
     max_minutes: float = setting(None, "equal minutes: as many steps as fit", low=1e-3)
@@ -627,7 +633,7 @@ def bench_compare(cfg):
     ways = {"cross-entropy": None}
     if cfg.teacher:
         ways = {"cross-entropy": "--alpha=0", "distilled": cfg.distill}
-    return compare(cfg, ",".join(ARCHS), ways)
+    return compare(cfg, ",".join(["dec", *SPLITS]), ways)
 
 
 def bench_distill(cfg):

@@ -60,7 +60,7 @@ class Settings:
     sequences: str = setting("student", "who answers", ("student", "teacher", "data"))
     template: str = setting(None, "hf: prompt, with {source} [its chat template, if it has one]")
     finetune_teacher: bool = setting(False, "hf: only train a LoRA adapter of the teacher")
-    arch: str = setting("encdec", "encoder-decoder, or decoder-only", ("encdec", "dec"))
+    arch: str = setting("encdec", "or decoder-only: causal, prefix LM", ("encdec", "dec", "prefix"))
     preset: str = setting("nano", "--student says it", tuple(PRESETS))
     split: str = setting("2/3", "the encoder's share of the layers", ("1/3", "1/2", "2/3"))
     cross_rope: bool = setting(None, "RoPE in cross-attention [on]")

@@ -26,8 +26,8 @@ from model import Attention, Cache, LayerCache, scaled_dot_product
 
 
 def start(cfg):
-    """From the keys device, dtype, threads, seed and, where there are any, compile, deterministic,
-    checkpoint_blocks and grad_accum: the World."""
+    """From the keys device, dtype, threads, seed and, where there are any, compile, deterministic
+    and checkpoint_blocks: the World."""
     if cfg.threads:
         torch.set_num_threads(min(cfg.threads, os.cpu_count() or 1))
     torch.use_deterministic_algorithms(getattr(cfg, "deterministic", False))

@@ -193,7 +193,7 @@ def test_the_loss_of_a_step_is_the_papers(run, monkeypatch, teacher):
 # --- whole runs
 
 
-@pytest.mark.parametrize("words", ["--sequences=data --dtype=float16", "--alpha=0", "--arch=dec"])
+@pytest.mark.parametrize("words", ["--dtype=float16", "--alpha=0", "--arch=prefix"])
 def test_every_way_runs(words, run):
     run(*words.split(), "--out=s", "--max_iters=2")
     losses = [(row["loss"], row["kd"]) for row in steps("s")]
