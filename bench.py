@@ -595,7 +595,7 @@ class Compare:
     seeds: int = setting(3, "runs of each, with the seeds 1, 2, 3 ...", low=1, high=1000)
     max_iters: int = setting(None, "equal tokens: steps of every run", low=1)
     max_minutes: float = setting(None, "equal minutes: as many steps as fit", low=1e-3)
-    train: str = setting("", "more keys of the training script: --train='--dropout=0.1'")
+    train: str = setting("", "more keys of the script; of one arch: --train=2/3:--lr=1e-3")
     init_from: str = setting(None, "run to begin with: out/{arch}-{split}-{seed}, 2/3 being 23")
     teacher: str = setting(None, "of distill.py: each run also distilled from it")
     distill: str = setting("", "more keys of distill.py: --distill='--alpha=0.9'")
@@ -657,10 +657,11 @@ def compare(cfg, archs, ways):
     name = cfg.data.strip("/").replace(":", "-").replace("/", "-")
     cfg.results = cfg.results or os.path.join("out", f"compare-{name}.jsonl")
     os.makedirs(os.path.dirname(os.path.abspath(cfg.results)), exist_ok=True)
-    common = dict(data=cfg.data, preset=cfg.preset, train=cfg.train, init_from=cfg.init_from)
-    common["teacher"], steps = cfg.teacher, {}
-    pairs = itertools.product(archs, ways)
-    kinds = {(arch, way): common | dict(arch=arch, distill=ways[way]) for arch, way in pairs}
+    common = dict(data=cfg.data, preset=cfg.preset, init_from=cfg.init_from, teacher=cfg.teacher)
+    steps, kinds = {}, {}
+    for arch, way in itertools.product(archs, ways):
+        kind = dict(arch=arch, train=own_words(cfg.train, arch), distill=ways[way])
+        kinds[arch, way] = common | kind
     if cfg.max_iters:
         steps |= {("equal tokens", *name): cfg.max_iters for name in kinds}
     if cfg.max_minutes:
@@ -692,6 +693,13 @@ def add_result(path, row):
 def alike(row, other):
     """Whether a row has all that the other has."""
     return all(row.get(key) == value for key, value in other.items())
+
+
+def own_words(text, arch):
+    """The keys of --train that are for every architecture or for this one."""
+    others = tuple(f"{other}:--" for other in ARCHS if other != arch)
+    words = [word.removeprefix(f"{arch}:") for word in shlex.split(text)]
+    return shlex.join(word for word in words if not word.startswith(others))
 
 
 def training(cfg, trial, out):

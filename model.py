@@ -111,6 +111,7 @@ PRESETS = {
     "tiny": preset("768 128 2 2 64 320 3", "1+2 1+1 2+1", SHORT | dict(src_len=64, tgt_len=32)),
     "char": preset("517 128 2 2 64 352 4", "1+3 2+2 2+1", SHORT | dict(max_minutes=2)),
     "nano": preset("1024 192 3 3 64 448 5", "2+3 2+2 3+2", SHORT),
+    "thin": preset("1024 128 2 2 64 416 9", "3+6 4+4 6+3", SHORT),  # nano's size, exact thirds
     "mini": preset("8192 256 4 4 64 544 9", "3+6 4+4 6+3", SHORT | dict(lr=8e-3, max_minutes=20)),
     "small": preset("16384 448 7 7 64 1216 9", "3+5 4+4 5+3", MEDIUM),
     "base": preset("32768 768 6 2 128 2072 12", "4+7 5+5 7+4", PAPER | dict(lr=2e-3)),

@@ -225,6 +225,7 @@ def test_equal_minutes_are_steps_of_one_sitting(run, monkeypatch):
 
 
 def test_commands_of_a_sweep():
+    assert bench.own_words("--a=1 2/3:--b='x y' dec:--c=2", "2/3") == "--a=1 '--b=x y'"
     trial = dict(data="docstring", preset="nano", seed=2, steps=9, train="--x={split}")
     trial |= dict(arch="2/3", distill=None, init_from="out/{arch}-{split}-{seed}")
     script, *words = bench.training(bench.Compare(), trial, "o")
