@@ -6,9 +6,9 @@ r"""Pictures for the language model: a vision tower, a projector, and the traini
 
 The paper's section 4. A picture is cut into tiles and a thumbnail (data/images.py). Each goes
 through the tower, CLIP's vision transformer. A projector of two layers makes the features of a
-patch a token as wide as a word's. --tokens may choose fewer of them. They stand in the text where
-its <image> stands: in the encoder's source or, without an encoder, in the prompt. --look adds a
-cross-attention to them in each layer of a stack (table 3).
+patch a token as wide as a word's. --tokens chooses tiles, or joins tokens. They stand in the text
+where its <image> stands: in the encoder's source or, without an encoder, in the prompt. --look puts
+a gated cross-attention to them in front of each layer of a stack (table 3).
 
 It reads top to bottom: settings, the tower, the layers that look, the model, towers of others, and
 main, whose loop is train.py's with pictures: `diff train.py vision.py`. More ways to call it:
@@ -40,7 +40,7 @@ import torch.nn.functional as F
 
 import model as lm
 from data.evaluate import write_answers
-from data.images import CHOICES, FILE, VisionConfig, read_vision, token_orders
+from data.images import CHOICES, FILE, VisionConfig, grey, read_vision, token_orders
 from data.metrics import score
 from data.objectives import count_tokens
 from data.picture_tasks import TASKS, open_pictures
@@ -56,6 +56,9 @@ TOWERS = {
     "tiny": dict(image_size=96, patch=16, n_layer=3, n_embd=192, n_head=3, n_hidden=512),
     "large": dict(image_size=336, patch=14, n_layer=23, n_embd=1024, n_head=16, n_hidden=4096),
 }
+# Share of the passes in training whose tiles are drawn (released code): what is never read has no
+# gradient.
+CHANCE = 0.8
 # The paper's stages, with the data set that each has by default.
 STAGES = dict(align="llava-pretrain", ocr="ureader", instruct="llava-instruct", task="shapes")
 
@@ -68,8 +71,8 @@ class Settings:
     image_size: int = setting(None, "side of the tower's input [the tower's]", low=1)
     patch: int = setting(None, "side of a patch, in pixels [the tower's]", low=1)
     grid: int = setting(None, "tiles a side at most [3]; 0: the thumbnail", high=64)
-    tokens: str = setting(None, "of the tiles that are read [all]", CHOICES["tokens"])
-    keep: float = setting(None, "share that stays [0.33]", low=1e-4, high=1)
+    tokens: str = setting(None, "which tiles are read, see data/images.py [all]", CHOICES["tokens"])
+    keep: float = setting(None, "share of the tiles; concat: of tokens [0.33]", low=1e-4, high=1)
     look: str = setting(None, "the stack that looks at pictures [none]", CHOICES["look"])
     train_tower: bool = setting(False, "train a tower from a file, too")
     arch: str = setting("encdec", "encoder-decoder, or decoder-only", ("encdec", "dec"))
@@ -175,7 +178,7 @@ class Tower(nn.Module):
         self.embed_class = nn.Parameter(torch.zeros(cfg.n_embd)) if cfg.class_token else None
         self.embed_position = nn.Parameter(torch.zeros(cfg.side**2 + cfg.class_token, cfg.n_embd))
         self.pre_norm = nn.LayerNorm(cfg.n_embd, cfg.norm_eps) if cfg.pre_norm else nn.Identity()
-        self.layers = nn.ModuleList(TowerLayer(cfg) for _ in range(cfg.n_layer))
+        self.layers = nn.Sequential(*[TowerLayer(cfg) for _ in range(cfg.n_layer)])
 
     def forward(self, tiles):
         """tiles (B, size, size, 3) of bytes -> features of the patches (B, side * side, n_embd)."""
@@ -186,9 +189,7 @@ class Tower(nn.Module):
         x = self.patches(x.permute(0, 1, 3, 5, 2, 4).flatten(3).flatten(1, 2))  # (B, side^2, C)
         if self.embed_class is not None:
             x = torch.cat((self.embed_class.to(x.dtype).expand(len(x), 1, -1), x), dim=1)
-        x = self.pre_norm(x + self.embed_position.to(x.dtype))
-        for layer in self.layers:
-            x = layer(x)
+        x = self.layers(self.pre_norm(x + self.embed_position.to(x.dtype)))
         return x[:, self.cfg.class_token :]
 
 
@@ -197,29 +198,34 @@ class Tower(nn.Module):
 
 
 class Looking:
-    """In front of a block: cross-attention to the tokens of the row's own pictures. `sight` is
-    their keys and values (B, H_kv, P, D), and a mask (B, P); None without pictures."""
+    """In front of a block: cross-attention to the tokens of the row's own pictures, then an MLP,
+    each behind a gate that starts at zero (Flamingo; table 3), so that a trained model starts as it
+    was. `sight` is their keys and values (B, H_kv, P, D), and a mask (B, P); None without
+    pictures. A row without pictures is left as it is."""
 
     def __init__(self, cfg):
         super().__init__(cfg)
         self.look_norm, self.look = lm.RMSNorm(cfg.n_embd, cfg.norm_eps), lm.Attention(cfg)
+        self.look_mlp_norm, self.look_mlp = lm.RMSNorm(cfg.n_embd, cfg.norm_eps), lm.MLP(cfg)
+        self.look_gates = nn.Parameter(torch.zeros(2))
         self.sight = None
 
     def forward(self, x, *rest):
         if self.sight is not None:
             keys, values, mask = self.sight
-            has_some = mask.any(1)[:, None, None]
-            mask = mask[:, None, None] | ~has_some[:, None]  # softmax of nothing is 0/0
-            x = x + has_some * self.look.attend(self.look_norm(x), keys, values, mask)
+            gates = self.look_gates.tanh().to(x.dtype)[:, None, None, None]
+            a, b = mask.any(1)[:, None, None] * gates  # (B, 1, 1) each
+            x = x + a * self.look.attend(self.look_norm(x), keys, values, lm.source_mask(mask))
+            x = x + b * self.look_mlp(self.look_mlp_norm(x))
         return super().forward(x, *rest)
 
 
 class LookingEncoderBlock(Looking, lm.EncoderBlock):
-    """Pictures, self-attention, MLP."""
+    """Pictures and an MLP, self-attention, MLP."""
 
 
 class LookingDecoderBlock(Looking, lm.DecoderBlock):
-    """Pictures, self-attention, cross-attention to the source, MLP."""
+    """Pictures and an MLP, self-attention, cross-attention to the source, MLP."""
 
 
 # ----------------------------------------------------------------------------------------------
@@ -241,45 +247,46 @@ class VisionLM(lm.Transformer):
             self.dec = nn.ModuleList(LookingDecoderBlock(config) for _ in self.dec)
         self.looking = [block for block in [*self.enc, *self.dec] if isinstance(block, Looking)]
         self.tower = Tower(vision)
-        n_in, n_out = vision.n_embd * vision.joined, config.n_embd  # two layers: section 4.1
+        n_in, n_out, pixels = vision.n_embd * vision.joined, config.n_embd, vision.image_size**2
+        # Two layers: section 4.1.
         self.projector = nn.Sequential(nn.Linear(n_in, n_out), nn.GELU(), nn.Linear(n_out, n_out))
         self.embed_marker = nn.Parameter(torch.empty(config.n_embd))  # the end of a row of patches
-        self.weigh = nn.Linear(vision.n_embd, 1) if vision.tokens == "learned" else None
+        if vision.tokens == "learned":  # the released code's: scores a tile by its grey pixels
+            self.gating = nn.Sequential(nn.Linear(pixels, 128), nn.GELU(), nn.Linear(128, 1))
         self.init_weights()  # the tower's layers, too, start as the identity
+        # A gate of zero and a matrix of zeros would both stay so.
+        for layer in [x for block in self.looking for x in (block.look.wo, block.look_mlp.down)]:
+            nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
         nn.init.normal_(self.tower.embed_position, std=0.5)
         nn.init.normal_(self.embed_marker)
 
-    @torch.no_grad()
-    def see(self, pictures):
-        """Pictures of data/images.py -> the tokens (N, C) of all of them, and each one's order."""
-        return self.tokens_of(pictures)[:2]
-
     def tokens_of(self, pictures):
-        """The same with gradients, and what `learned` adds to the mean loss."""
-        cfg, device = self.vision, self.embed.weight.device
-        scores, extra = None, 0 * self.embed_marker.sum()
+        """Pictures of data/images.py -> the tokens (N, C) of all of them, and each one's order."""
+        cfg, device, scores = self.vision, self.embed.weight.device, None
         if not pictures:
-            return self.embed_marker.new_zeros(0, len(self.embed_marker)), [], extra
-        (tiles,) = to_device([np.concatenate([p.tiles for p in pictures])], device)
+            return self.embed_marker.new_zeros(0, len(self.embed_marker)), []
+        inputs = np.concatenate([picture.tiles for picture in pictures])
+        if cfg.tokens == "learned":
+            # Divided by the side, pixels add up to much the same at any size.
+            pixels = grey(*to_device([inputs], device), cfg).flatten(1) / cfg.image_size
+            gates = self.gating(pixels.to(self.embed_marker.dtype)).sigmoid()  # (inputs, 1)
+            drawn = self.training and torch.rand(()) < CHANCE
+            scores = torch.rand(len(inputs)) if drawn else gates.detach()[:, 0].float().cpu()
+        orders, rows, read = token_orders(
+            pictures, cfg, scores if scores is None else scores.numpy()
+        )
+        tiles, rows, read = to_device([inputs[read], rows, read], device)
         trained = torch.is_grad_enabled() and self.tower.embed_position.requires_grad
         # What needs no gradient need not be kept: 16 tiles at a time.
         features = torch.cat([self.tower(x) for x in tiles.split(len(tiles) if trained else 16)])
         tokens = self.projector(features.unflatten(1, (-1, cfg.joined)).flatten(2))
-        if cfg.tokens == "learned":
-            # The tokens are weighed so that the choice gets a gradient. The mean weight is drawn
-            # to the share that stays.
-            weights = torch.sigmoid(self.weigh(features)[:, :, 0].float())  # (tiles, N)
-            tokens = tokens * 2 * weights[:, :, None].to(tokens.dtype)
-            scores = weights.detach().cpu().numpy()
-            of_tiles = np.concatenate([np.arange(len(p.tiles)) > 0 for p in pictures])
-            (places,) = to_device(of_tiles.nonzero(), device)
-            if len(places):  # the thumbnail, a picture's first input, stays whole
-                extra = (weights[places].mean() - cfg.keep) ** 2
-        orders, rows = token_orders(pictures, cfg, scores)
-        (rows,) = to_device([rows], device)
+        if cfg.tokens == "learned":  # as weights, about 1 at first, gates get a gradient
+            tokens = tokens * 2 * gates[read][:, :, None].to(tokens.dtype)
         table = torch.cat((tokens.flatten(0, 1), self.embed_marker[None].to(tokens.dtype)))
         # The marker is read often. An embedding adds up its gradient in a fixed order.
-        return F.embedding(rows, table), orders, extra
+        return F.embedding(rows, table), orders
+
+    see = torch.no_grad()(tokens_of)
 
     def look_at(self, images):
         """The tokens (N, C) of the pictures of the next call, in the order of their placeholders;
@@ -295,12 +302,10 @@ class VisionLM(lm.Transformer):
             return x
         if ids.is_cpu or self.looking:  # where nobody needs the counts, a GPU need not tell them
             counts = here.sum(1)
-            each = counts.tolist()
-            if not any(each):
+            if not any(each := counts.tolist()):
                 return x
             if sum(each) != len(self.images):
-                found = f"{sum(each)} placeholders for pictures"
-                raise UserError(f"{found}, which have {len(self.images)} tokens")
+                raise UserError(f"{sum(each)} placeholders, {len(self.images)} tokens of pictures")
             pictures = nn.utils.rnn.pad_sequence(self.images.split(each), True)  # (B, P, C)
             mask = torch.arange(pictures.size(1), device=ids.device) < counts[:, None]
             for block in self.looking:
@@ -375,13 +380,12 @@ def foreign_tower(name):
     half = about.get("vision_config")
     about |= half if type(half) is dict else {}
     siglip = "siglip" in str(about.get("model_type"))
-    known = {name: about.get(x[0], x[1 + siglip]) for name, x in FIELDS.items()}
-    fields = asdict(VisionConfig()) | known
+    fields = asdict(VisionConfig())
+    fields |= {name: about.get(x[0], x[1 + siglip]) for name, x in FIELDS.items()}
     fields["act"] = str(fields["act"]).replace("gelu_pytorch_tanh", "gelu_tanh")
     if type(fields["n_layer"]) is int:
         fields["n_layer"] -= 1  # LLaVA takes the output of the last layer but one
-    if siglip:
-        fields |= dict(mean=[0.5] * 3, std=[0.5] * 3)
+    fields |= dict(mean=[0.5] * 3, std=[0.5] * 3) if siglip else {}
     fields |= dict(class_token=not siglip, pre_norm=not siglip, patch_bias=siglip, from_file=True)
     vision, tensors = from_dict(VisionConfig, fields, where).check(), read_weights(folder, where)
     tensors = {name.removeprefix("vision_model."): x for name, x in tensors.items()}
@@ -415,6 +419,14 @@ def choose_tower(cfg):
     return replace(seen, **chosen).check(), weights
 
 
+def equalised(config, vision):
+    """The config with an MLP so narrow that --look adds no parameters, within 1%."""
+    kinds = (8, vision), (16, vision), (config.n_hidden, replace(vision, look="none"))
+    with torch.device("meta"):
+        low, high, aim = [VisionLM(replace(config, n_hidden=n), v).num_params() for n, v in kinds]
+    return replace(config, n_hidden=8 * (1 + round((aim - low) / (high - low))))
+
+
 def make_model(cfg, tokenizer, vision, tower_weights):
     """A new model, one with the weights of the run --init_from, or of the run to resume."""
     if cfg.init_from == "resume":
@@ -423,7 +435,7 @@ def make_model(cfg, tokenizer, vision, tower_weights):
         ids = dict(pad_id=tokenizer.pad, bos_id=tokenizer.bos, eos_id=tokenizer.eos)
         ids |= dict(vocab_size=tokenizer.vocab_size, src_len=cfg.src_len, tgt_len=cfg.tgt_len)
         config = lm.make_config(cfg.preset, cfg.arch, cfg.split, **ids)
-        model = VisionLM(config, vision)
+        model = VisionLM(equalised(config, vision), vision)
     else:
         parent = load_model(cfg.init_from)
         old, known, src_len, tgt_len = parent.config, parent.state_dict(), cfg.src_len, cfg.tgt_len
@@ -438,10 +450,9 @@ def make_model(cfg, tokenizer, vision, tower_weights):
     if tower_weights:
         model.tower.load_state_dict(tower_weights)
     for name, p in model.named_parameters():
-        new = name.startswith(("projector", "embed_marker", "weigh")) or ".look" in name
-        p.requires_grad_(new or cfg.stage != "align")
-        if name.startswith("tower"):
-            p.requires_grad_(cfg.train_tower or not vision.from_file)
+        new = name.startswith(("projector", "embed_marker", "gating")) or ".look" in name
+        tower = cfg.train_tower or not vision.from_file
+        p.requires_grad_(tower if name.startswith("tower") else new or cfg.stage != "align")
     return model
 
 
@@ -451,8 +462,7 @@ def evaluate(model, valid_set, cfg, world, step):
     picture: what is known without looking. Shows an example."""
     model.eval()
     pairs, loss, texts, n = valid_set.pairs, {True: 0.0, False: 0.0}, [], 0
-    rows = evenly(len(pairs.rows), cfg.eval_rows)
-    rows.sort(key=lambda row: len(pairs.sources[row]), reverse=True)
+    rows = sorted(evenly(len(pairs.rows), cfg.eval_rows), key=lambda k: -len(pairs.sources[k]))
     for group in [rows[i : i + 32] for i in range(0, len(rows), 32)]:
         src, tgt, loss_mask = to_device(pairs.batch(group), world.device)
         n += int(loss_mask.sum())
@@ -498,11 +508,9 @@ def main():
         cfg.out = new_run(name, cfg, world, train_set, valid_set)
     pad, metric = train_set.tokenizer.pad, train_set.metric  # metric: chooses the best checkpoint
     if world.compile:
-        rows, early = world.rows(0, cfg.batch_size), []
-        for k in range(16):
-            images, _ = model.see(train_set.pictures(k, rows))
-            early.append((*train_set.batch(k, rows), images.cpu().numpy()))
-        compile_parts(model, early, world)
+        rows = world.rows(0, cfg.batch_size)
+        seen = [model.see(train_set.pictures(k, rows))[0].cpu().numpy() for k in range(16)]
+        compile_parts(model, [(*train_set.batch(k, rows), seen[k]) for k in range(16)], world)
     log = Log(cfg.out, state["step"], world)
     world.say(f"{model.num_params():,} parameters; {rows_a_step} rows a step; {world.describe()}")
 
@@ -544,9 +552,9 @@ def main():
             src, tgt, loss_mask = to_device(batch, world.device)
             pictures = train_set.pictures(step, world.rows(micro, cfg.batch_size))
             with world.autocast():
-                images, _, extra = model.tokens_of(pictures)
-                loss = model(src, tgt, loss_mask, images)  # summed over the targets
-            loss = loss + extra * int(batch[2].sum())  # the choice of tokens has a loss, too
+                images, _ = model.tokens_of(pictures)
+                # Summed over the targets. In align, rows without pictures train nothing.
+                loss = model(src, tgt, loss_mask, images) + 0 * model.embed_marker.sum()
             (loss * world.scale).backward()
             loss_sum = loss_sum + loss.detach()
             targets, tokens = targets + int(batch[2].sum()), tokens + count_tokens(batch, pad)

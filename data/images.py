@@ -8,11 +8,18 @@ those of the thumbnail, then those of the tiles, one row of patches after the ot
 picture, with a marker behind each row. Patches of padding are left out. With `tokens` other than
 "all" there are fewer:
 
-    variance   thumbnail, markers, and the share `keep` of the other patches whose pixels vary most
-    learned    the same share, chosen by a layer of the model
-    concat     round(1 / keep) neighbours side by side become one token, in the thumbnail too
+    variance   the thumbnail, and the share `keep` of the tiles whose grey values have the largest
+               standard deviation (sections 4.2 and 5.2). The tower reads these alone
+    learned    the same share, chosen by a gate of the model (the sections' learned weighting)
+    concat     all tiles; round(1 / keep) neighbours side by side become one token, in the thumbnail
+               too (Leopard's, which section 4.2 names)
 
-How many there are follows from the sides of the picture alone: `n_tokens`.
+How many there are follows from the sides of the picture alone, `n_tokens`. Therefore chosen tiles
+are whole: their padding is read, too.
+
+The released code differs. Its grids are 1x1, 2x2, 2x3 and 3x2, small pictures have a tile beside
+their thumbnail, padding is half on either side, and the features of more than three tiles are
+resized to those of three. It orders chosen tiles by their scores, not by their places.
 """
 
 import contextlib
@@ -70,6 +77,11 @@ class VisionConfig:
     def side(self):
         """Patches along a side of an input."""
         return self.image_size // self.patch
+
+    @property
+    def chooses(self):
+        """Whether some of the tiles are left out."""
+        return self.tokens in ("variance", "learned")
 
     @property
     def joined(self):
@@ -185,21 +197,23 @@ def layout(width, height, cfg):
             shown = min(wide * high, width * height)
             ranked.append((shown, shown - rows * columns * size**2, (rows, columns), (wide, high)))
     _, _, grid, drawn = max(ranked, key=lambda entry: entry[:2])
+    if cfg.chooses:
+        return Layout(grid, drawn, grid[0] * cfg.side, grid[1] * cfg.side)
     columns = math.ceil(drawn[0] / (cfg.patch * cfg.joined))
     return Layout(grid, drawn, math.ceil(drawn[1] / cfg.patch), columns)
 
 
 def n_kept(at, cfg):
-    """Tokens of the tiles that stay, of at.rows * at.columns."""
-    every = at.rows * at.columns
-    fewer = every and cfg.tokens in ("variance", "learned")
-    return max(1, round(cfg.keep * every)) if fewer else every
+    """Tiles that are read, of those to choose from."""
+    n = at.grid[0] * at.grid[1]
+    return min(n, max(1, round(cfg.keep * n)))
 
 
 def n_tokens(width, height, cfg):
-    """Tokens of a picture: thumbnail, tiles' tokens that stay, a marker for each of their rows."""
+    """Tokens of a picture: thumbnail, those of the tiles that are read, a marker for each row."""
     at = layout(width, height, cfg)
-    return cfg.side**2 // cfg.joined + n_kept(at, cfg) + at.rows
+    tiles = n_kept(at, cfg) * cfg.side**2 if cfg.chooses else at.rows * at.columns
+    return cfg.side**2 // cfg.joined + tiles + at.rows
 
 
 def token_places(at, cfg):
@@ -212,33 +226,32 @@ def token_places(at, cfg):
 
 def token_order(at, cfg, scores=None):
     """What is read in the place of a picture: numbers of the tower's tokens, in order, and MARKER
-    behind each row. The highest `scores` (rows, columns) stay."""
-    thumbnail = np.arange(cfg.side**2 // cfg.joined)
+    behind each row. The tiles of the highest `scores` (tiles,) stay; of equals, the first."""
+    each = cfg.side**2 // cfg.joined
     if not at.rows:
-        return thumbnail
-    stays = np.ones(at.rows * at.columns, dtype=bool)
-    if cfg.tokens in ("variance", "learned"):
-        stays[np.argsort(-scores.reshape(-1), kind="stable")[n_kept(at, cfg) :]] = False
+        return np.arange(each)
     ends = np.full((at.rows, 1), MARKER)
     rows = np.concatenate((token_places(at, cfg), ends), axis=1)
-    stays = np.concatenate((stays.reshape(at.rows, -1), ends < 0), axis=1)
-    return np.concatenate((thumbnail, rows[stays]))
+    if cfg.chooses:
+        kept = 1 + np.argsort(-scores, kind="stable")[: n_kept(at, cfg)]
+        rows = rows[np.isin(rows // each, kept) | (rows == MARKER)]
+    return np.concatenate((np.arange(each), rows.reshape(-1)))
 
 
 def token_orders(pictures, cfg, scores=None):
-    """token_order of each Picture, and all of them as rows of one table: the tower's tokens of all
-    pictures, then the marker. scores (inputs of all of them, side * side), of `learned`."""
+    """token_order of each Picture; all of them as rows of one table, the tokens of the inputs that
+    are read, then the marker; and the numbers of these inputs among those of all pictures.
+    scores (inputs of all pictures,), of `learned`."""
     orders, rows, first, each = [], [], 0, cfg.side**2 // cfg.joined
-    n_inputs = sum(len(picture.tiles) for picture in pictures)
     for picture in pictures:
-        own, at = picture.scores, picture.at
-        if scores is not None and at.rows:
-            own = scores[first:].reshape(-1)[token_places(at, cfg)]
-        orders.append(token_order(at, cfg, own))
-        start = np.where(orders[-1] == MARKER, n_inputs * each - MARKER, first * each)
-        rows.append(orders[-1] + start)
+        own = picture.scores if scores is None else scores[first + 1 :][: len(picture.tiles) - 1]
+        orders.append(token_order(picture.at, cfg, own))
+        rows.append(np.where(orders[-1] == MARKER, MARKER, orders[-1] + first * each))
         first += len(picture.tiles)
-    return orders, np.concatenate(rows)
+    rows = np.concatenate(rows)
+    read = np.unique(rows[rows != MARKER] // each)
+    places = np.searchsorted(read, rows // each) * each + rows % each
+    return orders, np.where(rows == MARKER, len(read) * each, places), read
 
 
 # ----------------------------------------------------------------------------------------------
@@ -250,36 +263,29 @@ class Picture(NamedTuple):
 
     tiles: np.ndarray  # (n, size, size, 3) uint8, the thumbnail first
     at: Layout
-    scores: np.ndarray | None  # (rows, columns): variance of each patch's pixels, if it decides
+    scores: np.ndarray | None  # (tiles,): how much their grey values vary, if that decides
     size: tuple  # (width, height) of the picture
 
 
 def prepare_image(image, cfg):
     """A PIL image in RGB -> Picture."""
     at, size, scores = layout(*image.size, cfg), cfg.image_size, None
-    tiles = np.asarray(resized(image, (size, size)))[None]
+    tiles = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))[None]
     if at.rows:
-        drawn = np.asarray(resized(image, at.drawn))
+        drawn = np.asarray(image.resize(at.drawn, Image.Resampling.BICUBIC))
         canvas = np.zeros((at.grid[0] * size, at.grid[1] * size, 3), dtype=np.uint8)
         canvas[: at.drawn[1], : at.drawn[0]] = drawn
         split = canvas.reshape(at.grid[0], size, at.grid[1], size, 3).swapaxes(1, 2)
         tiles = np.concatenate((tiles, split.reshape(-1, size, size, 3)))
-        if cfg.tokens == "variance":  # beside black padding, every edge would vary
-            more = [(0, -length % cfg.patch) for length in drawn.shape[:2]]
-            scores = pixel_variance(np.pad(drawn, (*more, (0, 0)), mode="edge"), cfg.patch)
+        if cfg.tokens == "variance":  # padding counts, as in the released code
+            scores = grey(tiles[1:], cfg).std((1, 2))
     return Picture(tiles, at, scores, image.size)
 
 
-def resized(image, size):
-    same = image.size == tuple(size)
-    return image if same else image.resize(size, Image.Resampling.BICUBIC)
-
-
-def pixel_variance(canvas, patch):
-    """(H, W, 3) uint8 -> (H / patch, W / patch): variance of the brightness inside each patch."""
-    grey = canvas.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
-    height, width = grey.shape
-    return grey.reshape(height // patch, patch, width // patch, patch).var(axis=(1, 3))
+def grey(tiles, cfg):
+    """(n, size, size, 3) of bytes -> (n, size, size): the mean of the channels that the tower is
+    given. Of numpy's arrays or torch's."""
+    return sum((tiles[..., k] / 255 - cfg.mean[k]) / cfg.std[k] for k in range(3)) / 3
 
 
 def draw_tokens(picture, order, cfg, path):

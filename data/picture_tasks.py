@@ -126,16 +126,16 @@ class PictureSet(TaskSet):
 
 
 class PicturePairs(Pairs):
-    """Pairs whose sources have pictures. A source that is too long loses the end of its text, never
-    part of a picture. `blank` shows an empty ground in the place of every picture."""
+    """Pairs whose sources have pictures. A source that is too long loses what stands behind its
+    pictures, never part of one, and keeps its end: there, after earlier turns, the question is.
+    `blank` shows an empty ground in the place of every picture."""
 
     blank = False
 
     def __init__(self, rows, tokenizer, src_len, tgt_len, decoder_only, vision):
         self.vision, self.room, self.sizes = vision, src_len - 1 - bool(decoder_only), []
-        for number, row in enumerate(
-            progress(rows, "pictures", leave=False, disable=len(rows) < 2e4)
-        ):
+        shown = progress(rows, "pictures", leave=False, disable=len(rows) < 2e4)
+        for number, row in enumerate(shown):
             self.sizes.append([size_of(ref, named(ref, number)) for ref in row["images"]])
         super().__init__(rows, tokenizer, src_len, tgt_len, decoder_only)
 
@@ -148,6 +148,10 @@ class PicturePairs(Pairs):
                     f"row {number}: --src_len has room for {self.room} tokens, fewer than its "
                     "pictures have: raise it, lower --grid, or use --tokens=variance"
                 )
+            if (more := len(source) - self.room) > 0:  # it goes to the end, where Pairs cuts
+                marks = [i for i, id in enumerate(source, 1) if id == self.tokenizer.image]
+                start = max(marks, default=0)
+                source[start:] = source[start + more :] + source[start : start + more]
         return sources
 
     def background(self):

@@ -135,7 +135,7 @@ def task_tokenizer(cfg, rows, say):
 
 class Pairs:
     """The rows of one split, as ids. A source ends with end-of-sequence, and so does a target. What
-    is too long is cut off at its end and counted in `cut`."""
+    is too long is cut off at its end and counted in `cut` and `cut_targets`."""
 
     def __init__(self, rows, tokenizer, src_len, tgt_len, decoder_only):
         self.rows, self.tokenizer, self.dec, self.tgt_len = rows, tokenizer, decoder_only, tgt_len
@@ -144,7 +144,7 @@ class Pairs:
             raise UserError(f"--src_len={src_len} --tgt_len={tgt_len} leave no room for a row")
         sources, targets = self.encode(rows), tokenizer.encode_batch([r["target"] for r in rows])
         self.cut = sum(len(ids) > room for ids in sources)
-        self.cut += sum(len(ids) > tgt_len - 1 for ids in targets)
+        self.cut_targets = sum(len(ids) > tgt_len - 1 for ids in targets)
         self.sources = [np.array([*ids[:room], tokenizer.eos]) for ids in sources]
         self.targets = [np.array([*ids, tokenizer.eos][:tgt_len]) for ids in targets]
         lengths = [(len(s), len(t)) for s, t in zip(self.sources, self.targets)]
@@ -157,7 +157,7 @@ class Pairs:
         src, tgt = self.lengths.mean(0)
         return (
             f"{len(self.rows):,} rows of {src:.0f} source and {tgt:.0f} target tokens on average; "
-            f"{self.cut:,} texts were too long and lost their ends"
+            f"too long and cut: {self.cut:,} sources, {self.cut_targets:,} targets"
         )
 
     def prompt(self, row):
