@@ -142,16 +142,15 @@ class PicturePairs(Pairs):
     def encode(self, rows):
         counts = [[n_tokens(*size, self.vision) for size in sizes] for sizes in self.sizes]
         sources = encode_sources([row["source"] for row in rows], counts, self.tokenizer)
-        for number, source in enumerate(sources, 1):
-            if self.tokenizer.image in source[self.room :]:
+        for number, ids in enumerate(sources, 1):
+            if self.tokenizer.image in ids[self.room :]:
                 raise UserError(
                     f"row {number}: --src_len has room for {self.room} tokens, fewer than its "
                     "pictures have: raise it, lower --grid, or use --tokens=variance"
                 )
-            if (more := len(source) - self.room) > 0:  # it goes to the end, where Pairs cuts
-                marks = [i for i, id in enumerate(source, 1) if id == self.tokenizer.image]
-                start = max(marks, default=0)
-                source[start:] = source[start + more :] + source[start : start + more]
+            if (more := len(ids) - self.room) > 0:  # moved to the end, where Pairs cuts
+                start = len(ids) - [*ids[::-1], self.tokenizer.image].index(self.tokenizer.image)
+                ids[start:] = ids[start + more :] + ids[start : start + more]
         return sources
 
     def background(self):

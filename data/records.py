@@ -15,6 +15,7 @@ from lib.settings import UserError, read_json
 
 # What a file's ending says; anything else is plain text.
 KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
+PICTURES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff")  # what rows name
 SPLITS = dict(train="train", val="val", valid="val", validation="val", dev="val", test="test")
 
 
@@ -36,7 +37,7 @@ def split_files(path):
     files = [path]
     if os.path.isdir(path):
         files = sorted(glob.glob(os.path.join(glob.escape(path), "**", "[!.]*"), recursive=True))
-    files = [name for name in files if os.path.isfile(name)]
+    files = [f for f in files if os.path.isfile(f) and not f.lower().endswith(PICTURES)]
     splits = {"train": files, "val": [], "test": []}
     if len(files) > 1:
         splits = {split: [f for f in files if split_of(f) == split] for split in splits}

@@ -1,5 +1,6 @@
 """Shared by all tests: a tiny corpus, and a way to call a script as a user would."""
 
+import json
 import os
 import random
 import sys
@@ -65,6 +66,12 @@ def call(main, argv, monkeypatch, capsys):
         status = stop.code or 0
     out, err = capsys.readouterr()
     return status, out, err
+
+
+def log_rows(folder, key="loss"):
+    """The lines of a run's log that have this key, without their times."""
+    with open(f"{folder}/log.jsonl", encoding="utf-8") as file:
+        return [row | dict(time_s=0) for row in map(json.loads, file) if key in row]
 
 
 def one_line(err):

@@ -103,8 +103,7 @@ def test_tokenizers_of_strangers(tmp_path, bpe):
 @pytest.mark.parametrize("adds", [True, False])
 def test_an_imported_tokenizer_begins_as_its_own_call_does(tmp_path, adds):
     transformers = pytest.importorskip("transformers")
-    foreign = foreign_bpe(TEXTS, adds)
-    ends = dict(bos_token="<s>", eos_token="</s>")
+    foreign, ends = foreign_bpe(TEXTS, adds), dict(bos_token="<s>", eos_token="</s>")
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=foreign, **ends)
     fast.save_pretrained(tmp_path)
     ours = load_tokenizer(str(tmp_path))
@@ -279,8 +278,7 @@ def test_tokenizing_goes_on_where_it_stopped_and_shards_read_as_one(tmp_path, mo
         quiet("d.jsonl", "bytes")
     assert list((tmp_path / "second").rglob("train-00000.bin"))
     assert not list((tmp_path / "second").rglob("manifest.json"))
-    tokens = quiet("d.jsonl", "bytes").splits["train"]
-    one = whole.window(0, len(whole))
+    tokens, one = quiet("d.jsonl", "bytes").splits["train"], whole.window(0, len(whole))
     assert len(tokens.shards) > 5 and np.array_equal(tokens.window(0, len(tokens)), one)
     some = quiet("d.jsonl", "bytes", 4096, 10000).splits["train"]
     assert 10000 <= len(some) < 10000 + 64 * 81

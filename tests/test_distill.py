@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import ROOT, TINY, TINY_DEC, call, one_line
+from conftest import ROOT, TINY, TINY_DEC, call, log_rows, one_line
 from safetensors.torch import load_file
 from test_data import foreign_bpe
 from to_hf import write_hf
@@ -38,8 +38,8 @@ BASE += ["--student=tiny", "--max_iters=4", "--eval_interval=100", "--lr=1e-2"]
 def teacher(tmp_path_factory):
     """A decoder-only run that has begun to learn to write letters in capitals."""
     folder = tmp_path_factory.mktemp("teacher")
-    with open(folder / "rows.jsonl", "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(dict(source=t, target=t.upper())) + "\n" for t in LETTERS)
+    rows = (json.dumps(dict(source=t, target=t.upper())) for t in LETTERS)
+    (folder / "rows.jsonl").write_text("\n".join(rows))
     more = [f"--data={folder}/rows.jsonl", "--objective=seq2seq", "--batch_size=16", "--lr=1e-2"]
     more += ["--max_iters=40", "--eval_interval=100", "--embed_lr=1e-2", f"--out={folder}/run"]
     with pytest.MonkeyPatch.context() as patch:
@@ -59,11 +59,6 @@ def run(monkeypatch, capsys, teacher):
         return err
 
     return run
-
-
-def steps(folder, key="loss"):
-    with open(f"{folder}/log.jsonl", encoding="utf-8") as file:
-        return [row | dict(time_s=0) for row in map(json.loads, file) if key in row]
 
 
 # --- divergences
@@ -147,8 +142,7 @@ def test_a_model_does_not_diverge_from_itself(kind, answers):
 
 
 def test_a_students_answer_follows_from_seed_step_and_row():
-    model = some_model(n_enc=1, src_len=40, tgt_len=40)
-    every = range(len(TEXTS))
+    model, every = some_model(n_enc=1, src_len=40, tgt_len=40), range(len(TEXTS))
     train_set = SimpleNamespace(pairs=pairs_of(TEXTS), rows=lambda step: every)
 
     def answers(rows, step=3, seed=7):
@@ -184,7 +178,7 @@ def test_the_loss_of_a_step_is_the_papers(run, monkeypatch, teacher):
         heard = expert.logits(expert.decode(torch.tensor([[*x, *said[:-1]]])))[0, len(x) - 1 :]
         p, q = (at_said / tau).softmax(-1), (heard / tau).softmax(-1)
         D.append((p * (p / q).log()).sum(-1))
-    ([logged], D, CE) = steps("s"), torch.cat(D), torch.cat(CE)
+    ([logged], D, CE) = log_rows("s"), torch.cat(D), torch.cat(CE)
     assert len(D) != len(CE) and logged["kd"] == pytest.approx(D.mean().item(), rel=1e-4)
     wanted = 0.3 * tau**2 * D.mean() + 0.7 * CE.mean()
     assert logged["loss"] == pytest.approx(wanted.item(), rel=1e-4)
@@ -196,7 +190,7 @@ def test_the_loss_of_a_step_is_the_papers(run, monkeypatch, teacher):
 @pytest.mark.parametrize("words", ["--dtype=float16", "--alpha=0", "--arch=prefix"])
 def test_every_way_runs(words, run):
     run(*words.split(), "--out=s", "--max_iters=2")
-    losses = [(row["loss"], row["kd"]) for row in steps("s")]
+    losses = [(row["loss"], row["kd"]) for row in log_rows("s")]
     assert len(losses) == 2 and np.isfinite(losses).all()
     assert all((kd == 0) == (words == "--alpha=0") for _, kd in losses)
 
@@ -205,7 +199,7 @@ def test_a_student_learns_from_divergence_alone(run):
     """No reference counts: what it knows, it has from the teacher."""
     words = ["--alpha=1", "--max_iters=24", "--batch_size=16", "--embed_lr=1e-2"]
     run(*words, "--out=s")
-    log, evals = steps("s"), steps("s", "val_loss")
+    log, evals = log_rows("s"), log_rows("s", "val_loss")
     assert log[-1]["kd"] < 0.5 * log[0]["kd"] and evals[-1]["val_loss"] < 2.5
 
 
@@ -217,7 +211,8 @@ def test_the_teachers_answers_are_kept_in_parts(run):
     os.remove(parts.pop(2))  # as if it had been cut off there
     times = [os.path.getmtime(part) for part in parts]
     run(*words, "--out=b")
-    assert len(glob.glob(f"{data.corpus.CACHE}/answers-*/*")) == 5 and steps("a") == steps("b")
+    found = glob.glob(f"{data.corpus.CACHE}/answers-*/*")
+    assert len(found) == 5 and log_rows("a") == log_rows("b")
     assert times == [os.path.getmtime(part) for part in parts]
 
 
@@ -230,7 +225,7 @@ def test_accumulation_and_two_processes_equal_a_larger_batch(run, teacher, monke
     command += [f"--data={teacher}/rows.jsonl", "--threads=1", "--out=c", "--max_iters=3"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    for rows in zip(*map(steps, "abc")):
+    for rows in zip(*map(log_rows, "abc")):
         a, b, c = ([row[key] for key in ("loss", "kd", "tokens")] for row in rows)
         assert a == pytest.approx(b, rel=1e-3) and a == pytest.approx(c, rel=1e-3)
 
@@ -246,10 +241,10 @@ def test_resuming_equals_not_stopping_bit_for_bit(run, monkeypatch):
 
     monkeypatch.setattr(distill, "lr_share", stop_at_step_2)
     run(*words, "--out=part", status=128 + 15)
-    assert len(steps("part")) == 3
+    assert len(log_rows("part")) == 3
     run("--init_from=resume", "--out=part", base=[])
     a, b = (load_file(f"{name}/model.safetensors") for name in ("whole", "part"))
-    assert all((a[name] == b[name]).all() for name in a) and steps("whole") == steps("part")
+    assert all((a[name] == b[name]).all() for name in a) and log_rows("whole") == log_rows("part")
 
 
 # --- teachers behind hf:

@@ -60,5 +60,4 @@ def test_every_patch_is_told_of_and_fits_and_runs(tmp_path):
     (tmp_path / "text.txt").write_text("one line\nand another one\n\n" * 200)
     words = [sys.executable, "-c", DRIVER]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "step 0: loss" in done.stdout
+    assert done.returncode == 0 and "step 0: loss" in done.stdout, done.stderr[-3000:]

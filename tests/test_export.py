@@ -199,8 +199,7 @@ def test_an_edited_model_is_refused(name, tmp_path, monkeypatch, capsys):
     for how in ("fp32", "fp16", "int8", "int4", "fp32 --static", "int8 --static"):
         words = ["--run=run", "--out=x", *f"--precision={how}".split()]
         status, _, err = call(export.main, words, monkeypatch, capsys)
-        assert status == 2 and "model.py" in one_line(err)
-        assert sorted(os.listdir()) == ["run"]
+        assert status == 2 and "model.py" in one_line(err) and sorted(os.listdir()) == ["run"]
 
 
 def run_folder(model, folder, objective="seq2seq"):
@@ -224,8 +223,7 @@ def saturated(a, b):
 
 def check_codes(codes):
     """Whether codes (K, N) int8 are right on every CPU, for any activations."""
-    codes = codes[: len(codes) // 2 * 2]
-    rng = np.random.default_rng(0)
+    codes, rng = codes[: len(codes) // 2 * 2], np.random.default_rng(0)
     a = rng.integers(0, 256, (8, len(codes)), dtype=np.uint8)
     a[0], a[1], a[2] = 255, 255 * (codes[:, 0] > 0), 255 * (codes[:, 0] < 0)
     return np.array_equal(saturated(a, codes), a.astype(np.int32) @ codes.astype(np.int32))
@@ -369,8 +367,7 @@ def test_bad_input(monkeypatch, capsys):
         assert status == 2
         return one_line(err)
 
-    assert "no run" in refused()
-    assert "run.json" in refused("--run=nowhere")
+    assert "no run" in refused() and "run.json" in refused("--run=nowhere")
     run_folder(random_model("dec", vocab_size=600), "run", "causal")
     for words, message in (
         (["--precision=int3"], "--precision"),

@@ -25,8 +25,7 @@ TEXT = "the quick brown fox jumps over a lazy dog, def f(x): return x"
 
 
 def make_tokenizer(folder, adds):
-    names = dict(bos_token="<s>", eos_token="</s>")
-    foreign = foreign_bpe([TEXT], adds)
+    names, foreign = dict(bos_token="<s>", eos_token="</s>"), foreign_bpe([TEXT], adds)
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=foreign, **names)
     fast.save_pretrained(folder)
     return fast
@@ -160,8 +159,7 @@ class Code:
 def test_folders_of_strangers(run_export):
     make_model("theirs", "llama", True)
     make_tokenizer("theirs", True)
-    about = read_json("theirs/config.json")
-    state = load_file("theirs/model.safetensors")
+    about, state = read_json("theirs/config.json"), load_file("theirs/model.safetensors")
     index = "theirs/model.safetensors.index.json"
 
     def refused(run="hf:theirs"):
@@ -194,5 +192,4 @@ def test_folders_of_strangers(run_export):
     save_file(bad, "theirs/model.safetensors")
     assert "not finite" in refused()
     save_file({"x": torch.ones(100000)}, "theirs/model.safetensors")
-    assert "do not fit" in refused()
-    assert "no such folder" in refused("hf:./gone")
+    assert "do not fit" in refused() and "no such folder" in refused("hf:./gone")

@@ -1,13 +1,12 @@
 """The GPU path without a GPU: waits, placement, attention's rules, memory, compiling."""
 
-import json
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import call
+from conftest import call, log_rows
 from softgpu import card  # noqa: F401  a fixture
 from torch._dynamo.testing import CompileCounter
 
@@ -55,11 +54,6 @@ def trained(run, tmp_path_factory):
     """A run on the card -> its folder, the waits of a step."""
     folder = tmp_path_factory.mktemp("trained") / "run"
     return folder, run(train.main, *MODEL, *WORDS, f"--out={folder}")
-
-
-def losses(folder):
-    with open(f"{folder}/log.jsonl", encoding="utf-8") as file:
-        return [row["loss"] for row in map(json.loads, file) if "loss" in row]
 
 
 def tiny(arch="encdec", **changes):
@@ -115,8 +109,7 @@ def test_attention_fits_the_kernels(card, monkeypatch, arch, device, rule, kerne
     monkeypatch.setattr("lib.device.fast_attention", kernel)
     loss = tune(model.to(device))(*(x if x is None else x.to(device) for x in batch))
     loss.backward()
-    assert loss.item() == pytest.approx(wanted)
-    assert list(model.generate(prompts, 6)) == answer
+    assert loss.item() == pytest.approx(wanted) and list(model.generate(prompts, 6)) == answer
 
 
 def one_pass(model, rows):
@@ -164,7 +157,8 @@ def test_too_little_memory_halves_the_rows(trained, monkeypatch, capsys):
     monkeypatch.setattr(Transformer, "forward", short)
     status, _, err = call(train.main, [*MODEL, *WORDS, "--out=halved"], monkeypatch, capsys)
     assert status == 0 and "--batch_size=2 --grad_accum=4" in err
-    assert losses("halved") == pytest.approx(losses(trained[0]), abs=1e-4)
+    losses = [[row["loss"] for row in log_rows(folder)] for folder in ("halved", trained[0])]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
 
 
 @pytest.mark.parametrize("arch", ["encdec", "dec"])
@@ -243,5 +237,4 @@ def test_old_cards(world, kind, dtype, monkeypatch):
 def test_without_a_compiler_a_run_goes_on(world, monkeypatch, capsys):
     monkeypatch.setattr(lib.device, "has_triton", lambda: False)
     assert not world(compile="auto").compile and capsys.readouterr().err == ""
-    assert not world(compile="true").compile
-    assert "no Triton" in capsys.readouterr().err
+    assert not world(compile="true").compile and "no Triton" in capsys.readouterr().err

@@ -94,8 +94,7 @@ print(loss.item())
     how = dict(cwd=tmp_path, env=os.environ | dict(OMP_NUM_THREADS="1"))
     how |= dict(capture_output=True, text=True)
     done = subprocess.run([sys.executable, "learn.py"], **how)
-    assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 1.0 < math.log(29)
+    assert done.returncode == 0 and float(done.stdout) < 1.0 < math.log(29), done.stderr
 
 
 # --- layers
@@ -141,8 +140,7 @@ def test_every_kernel_of_attention_agrees(n_kv_head):
 def test_packing_changes_nothing():
     torch.manual_seed(0)
     model, prompts = Transformer(make_config("nano")).bfloat16().eval(), [[5, 6, 7], [8, 9]]
-    before = model.next_logits(model.prefill(prompts, 3)[1])
-    packed = pack(tune(model))
+    before, packed = model.next_logits(model.prefill(prompts, 3)[1]), pack(tune(model))
     close(packed.next_logits(packed.prefill(prompts, 3)[1]), before, 0.03)
 
 
@@ -199,8 +197,7 @@ def test_targets_are_shifted_by_one_and_only_once(bos_id):
 
 def test_ignored_targets_have_no_gradient_and_none_at_all_is_finite():
     model, src, tgt = tiny("encdec"), ids(2, 10), ids(2, 8)
-    mask = torch.rand(2, 8) < 0.5
-    states = model.states(src, tgt).detach().requires_grad_()
+    mask, states = torch.rand(2, 8) < 0.5, model.states(src, tgt).detach().requires_grad_()
     model.loss(states, tgt, mask).backward()
     assert ((states.grad.abs().sum(-1) > 0) == mask).all()
     src[1] = model.config.pad_id  # a source without a token
@@ -235,8 +232,7 @@ def test_cached_equals_full_recomputation_at_every_position(arch, cross, T, chun
     src_mask = torch.arange(11)[None] < torch.tensor([[11], [6]])
     with torch.no_grad():
         encoded = model.encode(src, src_mask) if arch == "encdec" else None
-        full = model.decode(tokens, encoded, src_mask)
-        pad = torch.zeros(2, dtype=torch.long)
+        full, pad = model.decode(tokens, encoded, src_mask), torch.zeros(2, dtype=torch.long)
         cache, parts, at = Cache(model, T, pad, encoded, src_mask), [], 0
         for n in chunks:
             if at < T:
@@ -319,8 +315,7 @@ def test_save_and_load(tmp_path):
 )
 def test_a_config_that_does_not_fit_the_weights_is_refused(tmp_path, changes, named):
     tiny("encdec").save(tmp_path)
-    path = tmp_path / "config.json"
-    damaged = type(changes) is str
+    path, damaged = tmp_path / "config.json", type(changes) is str
     path.write_text(changes if damaged else json.dumps(json.loads(path.read_text()) | changes))
     with pytest.raises(ModelError, match=named):
         Transformer.load(tmp_path)

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -44,8 +45,7 @@ def make_run(folder, objective, arch="encdec", vision=None):
     config = Config(**layers, **shape, **ids)
     (VisionLM(config, vision) if vision else Transformer(config)).save(folder)
     BYTES.save(folder)
-    with open(os.path.join(folder, "run.json"), "w") as f:
-        json.dump({"settings": {"objective": objective}}, f)
+    Path(folder, "run.json").write_text(json.dumps(dict(settings=dict(objective=objective))))
 
 
 # An answer, its digits standing for sentinels; its text so far; its text when it is done.
@@ -90,8 +90,7 @@ def test_the_newest_run_and_standard_input(talk, monkeypatch):
 
 
 def test_one_beam_is_greedy_and_all_beams_find_the_best():
-    model = tiny("encdec", vocab_size=6, pad_id=0, bos_id=1, eos_id=2)
-    prompt = [3, 4, 5, 3]
+    model, prompt = tiny("encdec", vocab_size=6, pad_id=0, bos_id=1, eos_id=2), [3, 4, 5, 3]
     greedy = [step[0] for step in model.generate([prompt], 4)]
     assert beam_search(model, prompt, 1, 4)[: len(greedy)] == greedy
     encoded, best = model.encode(torch.tensor([prompt])), (-1e9, None)
@@ -174,15 +173,14 @@ def test_attention_is_what_the_model_computes(arch, bos):
     assert all_of_it == [arch == "encdec" or bos < 0] + 2 * [arch == "encdec"]
 
 
-@pytest.mark.parametrize("arch", ["encdec", "dec"])
-def test_pictures_are_read_and_shown(talk, arch):
-    shape = dict(n_layer=1, n_embd=16, n_head=2, n_hidden=16)
+@pytest.mark.parametrize("arch, tokens", [("encdec", "learned"), ("dec", "all")])
+def test_pictures_are_read_and_shown(talk, arch, tokens):
+    shape = dict(n_layer=1, n_embd=16, n_head=2, n_hidden=16, tokens=tokens)
     vision = VisionConfig(image_size=16, patch=8, grid=2, image_id=BYTES.image, **shape)
     make_run("out/a", "seq2seq", arch, vision)
     Image.new("RGB", (30, 20), "red").save("red.png")
     words = ["--prompt=What?", "--image=red.png", "--max_new_tokens=4"]
-    more = ["--show_attention=a.html", "--show_tokens=tokens.png"]
-    status, first, err = talk(*words, *more)
+    status, first, err = talk(*words, "--show_attention=a.html", "--show_tokens=tokens.png")
     assert status == 0 and Image.open("tokens.png").size == (32, 21), err
     assert first == talk(*words, "--beams=1")[1]
     status, out, _ = talk(*words, "--num_samples=2", "--temperature=1")
@@ -201,19 +199,16 @@ def test_pictures_are_read_and_shown(talk, arch):
 
 
 def page_data(path):
-    with open(path, encoding="utf-8") as file:
-        page = file.read()
+    page = Path(path).read_text("utf-8")
     return json.loads(page.split('<script type="application/json" id="data">')[1].split("</s")[0])
 
 
 def in_browser(path, script):
     """Runs a script on a loaded page; what it puts into `out` comes back."""
-    with open(path, encoding="utf-8") as file:
-        page = file.read()
     result = "add(document.body, 'pre', JSON.stringify(out)).id = 'result';"
-    with open("hooked.html", "w", encoding="utf-8") as file:
-        hook = f"addEventListener('load', () => {{ const out = {{}}; {script} {result} }});"
-        file.write(f"{page}<script>{hook}</script>")
+    hook = f"addEventListener('load', () => {{ const out = {{}}; {script} {result} }});"
+    page = f"{Path(path).read_text('utf-8')}<script>{hook}</script>"
+    Path("hooked.html").write_text(page, encoding="utf-8")
     here, words = os.getcwd(), "chromium --headless --no-sandbox --disable-gpu --dump-dom"
     words = [*words.split(), f"--user-data-dir={here}/profile", f"file://{here}/hooked.html"]
     dom = subprocess.run(words, capture_output=True, text=True, timeout=120).stdout

@@ -8,7 +8,7 @@ import textwrap
 
 import numpy as np
 import pytest
-from conftest import TINY_DEC, TINY_ENC, call, one_line
+from conftest import TINY_DEC, TINY_ENC, call, log_rows, one_line
 from test_data import write_table
 
 import data.tasks
@@ -54,8 +54,7 @@ def test_python_rows():
     assert "v2 = v0 * v1" in source and "def area(self, v0, v1)" in source
     for names, source in rows.items():  # putting the names back gives the function
         back = {f"v{i}": name for i, name in enumerate(names.split())}
-        tree = data.tasks.Rename(back).visit(ast.parse(source))
-        found = data.tasks.functions(SOURCE)
+        tree, found = data.tasks.Rename(back).visit(ast.parse(source)), data.tasks.functions(SOURCE)
         original = next(node for _, node in found if node.name == tree.body[0].name)
         if ast.get_docstring(original):
             original.body = original.body[1:]
@@ -84,8 +83,7 @@ def test_squad_in_both_forms(tmp_path):
     unknown = dict(question="When?", answers=[], is_impossible=True)
     paragraph = dict(context="Ada was born in London.", qas=[known, unknown])
     about = dict(data=[dict(paragraphs=[paragraph] * 20)])
-    own = write(tmp_path / "squad.json", json.dumps(about))
-    rows = []
+    own, rows = write(tmp_path / "squad.json", json.dumps(about)), []
     for qa in paragraph["qas"] * 20:
         texts = dict(text=[answer["text"] for answer in qa["answers"]], answer_start=[])
         rows.append(dict(context=paragraph["context"], question=qa["question"], answers=texts))
@@ -238,8 +236,7 @@ def test_learns_to_translate_letters(base, tmp_path, monkeypatch, capsys):
     assert status == 0, err
     assert "--vocab_size=300 is ignored: --tokenizer=bytes has 517 ids" in out + err
     assert "held-out sources are in train, too" in out + err
-    with open("run/log.jsonl") as file:
-        last = [row for row in map(json.loads, file) if "exact" in row][-1]
+    last = log_rows("run", "exact")[-1]
     assert last["shuffled_loss"] > 2 * last["val_loss"] and last["exact"] > 20
     assert os.path.exists("run/best.safetensors")
 
@@ -266,8 +263,7 @@ def test_bad_rows_are_named(case, tmp_path, monkeypatch, capsys):
     path = write(tmp_path / "rows.jsonl", text)
     argv = [*TINY_ENC, f"--data={path}", "--objective=seq2seq", "--out=run"]
     status, _, err = call(train.main, argv, monkeypatch, capsys)
-    assert status == 2 and re.search(says, one_line(err)), err
-    assert not os.path.exists("run")
+    assert status == 2 and re.search(says, one_line(err)) and not os.path.exists("run"), err
 
 
 @pytest.mark.parametrize(

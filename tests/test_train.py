@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY_DEC, TINY_ENC, call, one_line
+from conftest import ROOT, TINY_DEC, TINY_ENC, call, log_rows, one_line
 from safetensors.torch import load_file
 from tqdm import tqdm
 
@@ -38,11 +38,6 @@ def distance(a, b):
     a, b = weights(a), weights(b)
     assert a.keys() == b.keys()
     return max((a[name] - b[name]).abs().max().item() for name in a)
-
-
-def log_rows(folder, key="loss"):
-    with open(f"{folder}/log.jsonl", encoding="utf-8") as file:
-        return [row for row in map(json.loads, file) if key in row]
 
 
 @pytest.fixture
@@ -85,8 +80,7 @@ def test_every_parameter_goes_to_one_optimizer_and_embeddings_not_to_muon(capsys
     in_muon = {id(p) for p in muon.param_groups[0]["params"]}
     outside = ("embed.weight", "head.weight")
     hidden = [p for name, p in model.named_parameters() if p.ndim == 2 and name not in outside]
-    assert in_muon == set(map(id, hidden))
-    assert "embed.weight" in capsys.readouterr().err
+    assert in_muon == set(map(id, hidden)) and "embed.weight" in capsys.readouterr().err
 
 
 def test_schedule():
@@ -118,10 +112,8 @@ def test_a_run_learns_and_leaves_a_whole_folder(run_train, base, more):
     assert evals[0]["step"] == 0 and evals[-1]["step"] == 25
     assert evals[-1]["val_loss"] < evals[0]["val_loss"] - 0.5
     assert abs(steps[0]["loss"] - np.log(517)) < 0.3
-    assert read_json("r/run.json")["settings"]["lr"] == 0.02
-    assert os.path.exists("r/source/model.py")
-    samples = read_json("r/samples.json")
-    model = Transformer.load("r").eval()
+    assert read_json("r/run.json")["settings"]["lr"] == 0.02 and os.path.exists("r/source/model.py")
+    samples, model = read_json("r/samples.json"), Transformer.load("r").eval()
     src = None if samples["src"] is None else torch.tensor(samples["src"])
     mask = torch.tensor(samples["loss_mask"])
     loss = model(src, torch.tensor(samples["tgt"]), mask) / mask.sum()
@@ -146,10 +138,8 @@ def test_resuming_and_interrupting_equal_not_stopping_bit_for_bit(run_train, mon
     with open("part/log.jsonl", "ab") as file:
         file.write(b'{"step": 5, "loss": 1.0}\n[1]\n\xff\xfe\n{"step": "x"}\n\x00{"step": 6, "lo')
     status, _, err = run_train("--init_from=resume", "--out=part", base=[])
-    assert status == 0, err
-    assert distance("whole", "part") == 0
-    part, whole = ([row | dict(time_s=0) for row in log_rows(name)] for name in ("part", "whole"))
-    assert part == whole
+    assert status == 0 and distance("whole", "part") == 0, err
+    assert log_rows("part") == log_rows("whole")
 
 
 def test_max_minutes_fixes_the_number_of_steps(run_train, monkeypatch):
@@ -207,8 +197,7 @@ def test_killed_runs_resume_exactly(run_train, text_file, kills, steps):
         statuses.append(run.wait())
     assert -signal.SIGKILL in statuses
     status, _, err = run_train("--init_from=resume", "--out=killed", base=[])
-    assert status == 0, err
-    assert distance("whole", "killed") == 0
+    assert status == 0 and distance("whole", "killed") == 0, err
     assert not [name for name in os.listdir("killed") if name.startswith(".new-")]
 
 
@@ -221,8 +210,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(run_train):
         status, _, err = run_train("--init_from=resume", "--out=full", "--max_iters=8", base=[])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert status == 2 and "free some space" in one_line(err)
-    assert path.read_bytes() == kept
+    assert status == 2 and "free some space" in one_line(err) and path.read_bytes() == kept
     Transformer.load("full")  # whole, too
     assert not [name for name in os.listdir("full") if name.startswith(".new-")]
 
@@ -284,8 +272,7 @@ NAMES_ITSELF += " --tokenizer=nowhere --objective=causal --out=/proc/nowhere str
 )
 def test_bad_input_is_one_line_and_harms_nothing(run_train, argv, says):
     status, _, err = run_train("--max_iters=1", *argv.split())
-    assert status == 2 and says in one_line(err), err[-2000:]
-    assert not os.path.exists("out")
+    assert status == 2 and says in one_line(err) and not os.path.exists("out"), err[-2000:]
 
 
 def test_bad_run_folders(run_train, text_file):
@@ -310,8 +297,7 @@ def test_bad_run_folders(run_train, text_file):
     assert "truncated" in refused()
     state.unlink()
     assert "no checkpoint" in refused()
-    with open(text_file, "a") as file:
-        file.write("more text")
+    pathlib.Path(text_file).write_text("more text")
     assert "data has changed" in refused()
 
 
