@@ -74,7 +74,7 @@ class Cost:
     tower: str = setting("large", "vision: large is CLIP's ViT-L/14-336", ("tiny", "large"))
     grid: int = setting(3, "vision: tiles a side", high=64)
     tokens: str = setting("all,variance", "vision: some of all, variance, learned, concat")
-    keep: float = setting(0.33, "vision: share of the tiles' tokens that stays", low=1e-4, high=1)
+    keep: float = setting(0.33, "vision: share of the tiles that stays", low=1e-4, high=1)
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: str = setting("auto", "of torch's engines", ("auto", "float32", "bfloat16", "float16"))
     threads: int = setting(0, "CPU threads; 0 is the engine's choice", high=4096)

@@ -849,9 +849,7 @@ def export_run(cfg, folder):
     shape = read_json(os.path.join(cfg.run, "config.json"))
     prefix = shape.get("src_len") and not shape.get("n_enc")
     if prefix or os.path.exists(os.path.join(cfg.run, "vision.json")):
-        raise UserError(
-            f"{cfg.run}: exported graphs read neither pictures nor a prefix LM's prompt"
-        )
+        raise UserError(f"{cfg.run}: ONNX graphs read neither pictures nor a prefix LM's prompt")
     model = Transformer.load(cfg.run).eval()
     config, new, lengths = model.config, 32, None
     batch, origin = held_out(cfg.run, objective, tokenizer, config)

@@ -269,19 +269,18 @@ class VisionLM(lm.Transformer):
         if cfg.tokens == "learned":
             # Divided by the side, pixels add up to much the same at any size.
             pixels = grey(*to_device([inputs], device), cfg).flatten(1) / cfg.image_size
-            gates = self.gating(pixels.to(self.embed_marker.dtype)).sigmoid()  # (inputs, 1)
+            gates = self.gating(pixels.to(self.embed_marker.dtype))  # (inputs, 1)
             drawn = self.training and torch.rand(()) < CHANCE
             scores = torch.rand(len(inputs)) if drawn else gates.detach()[:, 0].float().cpu()
-        orders, rows, read = token_orders(
-            pictures, cfg, scores if scores is None else scores.numpy()
-        )
+            scores = scores.numpy()  # (inputs,)
+        orders, rows, read = token_orders(pictures, cfg, scores)
         tiles, rows, read = to_device([inputs[read], rows, read], device)
         trained = torch.is_grad_enabled() and self.tower.embed_position.requires_grad
         # What needs no gradient need not be kept: 16 tiles at a time.
         features = torch.cat([self.tower(x) for x in tiles.split(len(tiles) if trained else 16)])
         tokens = self.projector(features.unflatten(1, (-1, cfg.joined)).flatten(2))
         if cfg.tokens == "learned":  # as weights, about 1 at first, gates get a gradient
-            tokens = tokens * 2 * gates[read][:, :, None].to(tokens.dtype)
+            tokens = tokens * 2 * gates[read].sigmoid()[:, :, None].to(tokens.dtype)
         table = torch.cat((tokens.flatten(0, 1), self.embed_marker[None].to(tokens.dtype)))
         # The marker is read often. An embedding adds up its gradient in a fixed order.
         return F.embedding(rows, table), orders
