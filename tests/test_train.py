@@ -297,7 +297,7 @@ def test_bad_run_folders(run_train, text_file):
     assert "truncated" in refused()
     state.unlink()
     assert "no checkpoint" in refused()
-    pathlib.Path(text_file).write_text("more text")
+    pathlib.Path(text_file).write_text("other words " * 3000)
     assert "data has changed" in refused()
 
 
