@@ -177,8 +177,7 @@ def some_pairs(n=300, decoder_only=False):
 def test_pairs_hold_the_rows(dec):
     rows, pairs = some_pairs(decoder_only=dec)
     tok, room = pairs.tokenizer, 64 - 1 - dec
-    too_long = sum(len(row["source"]) > room for row in rows)
-    assert pairs.cut == too_long
+    assert pairs.cut == sum(len(row["source"]) > room for row in rows)
     assert pairs.cut_targets == sum(len(row["target"]) > 31 for row in rows)
     src, tgt, loss_mask = pairs.batch([3, 1, 4])
     for b, row in enumerate([3, 1, 4]):

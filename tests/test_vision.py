@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 import data.pictures
+import export
 import train
 import vision
 from data import images, picture_tasks
@@ -157,10 +158,9 @@ def test_every_token_is_that_of_its_place():
 def test_the_tiles_that_are_read_have_the_highest_scores(tokens):
     """Beside numpy: tiles are chosen, go through the tower, and are weighed by the gate."""
     model = small_model(spread=0.2, tokens=tokens)
-    contrast = np.uint8([3, 90, 5, 60, 1, 2, 50, 4, 9])
     cfg, tiles = model.vision, np.asarray(noise(24, 216)).reshape(3, 3, 24, 24, 3)
-    canvas = (tiles % contrast.reshape(3, 3, 1, 1, 1)).swapaxes(1, 2).reshape(72, 72, 3)
-    picture = prepare_image(Image.fromarray(canvas), cfg)
+    tiles = tiles % np.uint8([3, 90, 5, 60, 1, 2, 50, 4, 9]).reshape(3, 3, 1, 1, 1)
+    picture = prepare_image(Image.fromarray(tiles.swapaxes(1, 2).reshape(72, 72, 3)), cfg)
     grey = ((picture.tiles / 255 - cfg.mean) / cfg.std).mean(-1)  # (10, 24, 24)
     scores, gates = grey.std((1, 2)), torch.full((10,), 0.5)
     if tokens == "learned":
@@ -391,6 +391,7 @@ def test_every_kind_trains(monkeypatch, capsys, words):
     run_of(own, monkeypatch, capsys)
     first, second = log_rows("run")
     assert second["loss"] < first["loss"] and log_rows("run", "blank_loss")
+    assert "neither pictures" in call(export.main, ["--run=run"], monkeypatch, capsys)[2]
 
 
 def test_resuming_gives_what_one_run_gives(monkeypatch, capsys):
