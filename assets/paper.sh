@@ -54,18 +54,33 @@ END
     touch "$out/done"
 }
 
-# Rates that the searches chose.
-declare -A pretraining_rate=([dec]=1e-2 [prefix]=1e-2 [1/3]=1e-2 [1/2]=1e-2 [2/3]=1e-2)
-RATES_docstring=""
-RATES_codexglue=""
-
-compare() {
-    task=$1 data=$1
-    shift
-    [ "$task" = codexglue ] && data="codexglue:${ROWS:?the folder of CodeXGLUE rows}"
-    $python bench.py compare --data="$data" --preset=$preset $common "$@"
+# A rate of the matrices and, times 0.4, of the embeddings, for one kind alone.
+rate_of() {
+    echo "$1:--lr=$2 $1:--embed_lr=$($python -c "print(round($2 * 0.4, 6))")"
 }
 
+# What the searches chose. The three encoder-decoders share the rates of 2/3.
+declare -A pretraining_rate=([dec]=1e-2 [prefix]=1e-2 [1/3]=1e-2 [1/2]=1e-2 [2/3]=1e-2)
+declare -A docstring_rate=([dec]=5e-3 [prefix]=5e-3 [2/3]=5e-3)
+declare -A codexglue_rate=([dec]=5e-3 [prefix]=5e-3 [2/3]=5e-3)
+
+chosen() { # TASK -> --train's words for all kinds
+    declare -n rates="$1_rate"
+    for kind in dec prefix 1/3 1/2 2/3; do
+        rate_of $kind "${rates[$kind]:-${rates[2/3]}}"
+    done
+}
+
+compare() { # TASK, more keys
+    data=$1
+    [ "$data" = codexglue ] && data="codexglue:${ROWS:?the folder of CodeXGLUE rows}"
+    name=$1-$stage
+    shift
+    $python bench.py compare --data="$data" --preset=$preset --results="assets/paper-$name.jsonl" \
+        $common "$@"
+}
+
+lengths="--src_len=512 --tgt_len=256 --eval_interval=100000"
 case $stage in
     rates)
         for rate in 5e-3 1e-2 2e-2; do
@@ -78,5 +93,24 @@ case $stage in
         for kind in "$@"; do
             pretrain "$kind" "${pretraining_rate[$kind]}" "${STEPS:-2500}" "out/pre-${kind/\//}"
         done
+        ;;
+    search)
+        for rate in 2e-3 5e-3 1e-2; do
+            compare "$1" --archs="${ARCHS:-dec,prefix,2/3}" --seeds=1 --max_iters=250 \
+                --init_from='out/pre-{split}' \
+                --train="$lengths $(for kind in dec prefix 2/3; do rate_of $kind $rate; done)"
+        done
+        ;;
+    compare)
+        compare "$1" --archs="${ARCHS:-dec,prefix,1/3,1/2,2/3}" --max_iters="${STEPS:-600}" \
+            --eval_split=test --init_from='out/pre-{split}' --train="$lengths $(chosen "$1")"
+        ;;
+    scratch)
+        compare "$1" --archs="${ARCHS:-dec,prefix,1/3,1/2,2/3}" --max_iters="${STEPS:-600}" \
+            --eval_split=test --train="$lengths $(chosen "$1") --tokenizer=out/pre-23"
+        ;;
+    *)
+        sed -n '2,13p' "$0"
+        exit 2
         ;;
 esac
