@@ -19,10 +19,12 @@ stage=${1:-}
 shift || true
 mkdir -p out
 
+# The prefix LM learns from the same rows as the encoder-decoders, holes in its prompt.
 arch_of() {
     case $1 in
-        */*) echo "--arch=encdec --split=$1" ;;
-        *) echo "--arch=$1" ;;
+        */*) echo "--arch=encdec --split=$1 --objective=span" ;;
+        prefix) echo "--arch=prefix --objective=span" ;;
+        dec) echo "--arch=dec --objective=causal" ;;
     esac
 }
 
