@@ -8,6 +8,9 @@
 #     bash assets/paper.sh search TASK         each kind's own search of the task's rate, on val
 #     bash assets/paper.sh compare TASK        after pretraining, at the rates of RATES_TASK
 #     bash assets/paper.sh scratch TASK        without it
+#     bash assets/paper.sh teacher TASK        a decoder-only model of 8 M, pretrained, then tuned
+#     bash assets/paper.sh ablation TASK       ways to distil it into 2/3, on val: alpha, tau ...
+#     bash assets/paper.sh distil TASK         all kinds, with the keys in DISTIL
 #
 # TASK is docstring or codexglue, whose rows ROWS=folder gives. Rows go to assets/paper-*.jsonl.
 set -eu
@@ -111,8 +114,36 @@ case $stage in
         compare "$1" --archs="${ARCHS:-dec,prefix,1/3,1/2,2/3}" --max_iters="${STEPS:-600}" \
             --eval_split=test --train="$lengths $(chosen "$1") --tokenizer=out/pre-23"
         ;;
+    teacher)
+        task=$1
+        data=$task
+        [ "$task" = codexglue ] && data="codexglue:${ROWS:?the folder of CodeXGLUE rows}"
+        train() { # a run that is there stays, one that was cut off goes on
+            out=$1
+            shift
+            [ -f "$out/train_state.pt" ] && set -- --init_from=resume
+            $python train.py --out="$out" $common "$@"
+        }
+        train out/teacher-pre --arch=dec --preset=mini --data=pycode-full --tokenizer=out/pre-23 \
+            --max_iters="${STEPS:-2000}" --eval_rows=512 --compile=true
+        train "out/teacher-$task" --init_from=out/teacher-pre --data="$data" $lengths \
+            --lr=4e-3 --embed_lr=1.6e-3 --max_iters=1200 --eval_rows=0 --compile=true
+        ;;
+    ablation)
+        data=$1
+        [ "$data" = codexglue ] && data="codexglue:${ROWS:?the folder of CodeXGLUE rows}"
+        $python bench.py distill --data="$data" --teacher="out/teacher-$1" --preset=$preset $common \
+            --archs=2/3 --seeds=1 --max_iters="${STEPS:-300}" --init_from='out/pre-{split}' \
+            --train="$lengths $(chosen "$1")" --results="assets/paper-$1-ablation.jsonl"
+        ;;
+    distil)
+        compare "$1" --archs="${ARCHS:-dec,1/3,1/2,2/3}" --max_iters="${STEPS:-600}" \
+            --eval_split=test --init_from='out/pre-{split}' --teacher="out/teacher-$1" \
+            --distill="${DISTIL:---alpha=0.5 --kl=forward --sequences=data}" \
+            --train="$lengths $(chosen "$1")"
+        ;;
     *)
-        sed -n '2,13p' "$0"
+        sed -n '2,16p' "$0"
         exit 2
         ;;
 esac
