@@ -65,7 +65,7 @@ rate_of() {
 }
 
 # What the searches chose. The three encoder-decoders share the rates of 2/3.
-declare -A pretraining_rate=([dec]=1e-2 [prefix]=1e-2 [1/3]=1e-2 [1/2]=1e-2 [2/3]=1e-2)
+declare -A pretraining_rate=([dec]=2e-2 [prefix]=2e-2 [1/3]=2e-2 [1/2]=2e-2 [2/3]=2e-2)
 declare -A docstring_rate=([dec]=5e-3 [prefix]=5e-3 [2/3]=5e-3)
 declare -A codexglue_rate=([dec]=5e-3 [prefix]=5e-3 [2/3]=5e-3)
 
@@ -96,7 +96,7 @@ case $stage in
         ;;
     pretrain)
         for kind in "$@"; do
-            pretrain "$kind" "${pretraining_rate[$kind]}" "${STEPS:-2500}" "out/pre-${kind/\//}"
+            pretrain "$kind" "${pretraining_rate[$kind]}" "${STEPS:-2000}" "out/pre-${kind/\//}"
         done
         ;;
     search)
