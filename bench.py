@@ -444,9 +444,10 @@ def bench_quality(cfg):
 def score_run(cfg):
     """The row of a run. Of a task, row_scores is what each held-out row adds to the score."""
     about, begin = SimpleNamespace(**read_run(cfg.run)["settings"]), time.perf_counter()
-    for name, kind in dict(data=str, src_len=int, tgt_len=int).items():
-        if type(getattr(about, name, None)) is not kind:
-            raise UserError(f"{cfg.run}/run.json: {name} should be of type {kind.__name__}")
+    kinds = dict(data=str, src_len=int, tgt_len=int, max_tokens=int | None)
+    for name, kind in kinds.items():
+        if not isinstance(getattr(about, name, None), kind):
+            raise UserError(f"{cfg.run}/run.json: {name} is of the wrong type")
     cfg.data, is_text = cfg.data or about.data, about.objective != "seq2seq"
     if is_text and (is_task(cfg.data) or cfg.eval_split != "val"):
         raise UserError(f"--run={cfg.run} was trained on text: score it on text, --eval_split=val")
@@ -504,7 +505,7 @@ def score_task(model, about, cfg, world):
 
 def score_text(model, about, cfg, world):
     """Losses of held-out text by the run's own objective, and the loss of going on with a text."""
-    corpus = prepare(cfg.data, cfg.run, log=world.say)
+    corpus = prepare(cfg.data, cfg.run, log=world.say, most=getattr(about, "max_tokens", None))
     about.data, about.seed = cfg.data, cfg.seed
     valid_set = TextSet(corpus, "val", about)
     found = text_metrics(model, valid_set, cfg.eval_rows, 32, world)

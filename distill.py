@@ -297,13 +297,11 @@ def student_answers(model, train_set, rows, step, n_ids, seed):
     """{row: ids} that the student answers to these rows now: a function of seed, step, row and
     weights."""
     pairs = train_set.pairs
-    # Early answers do not end, but should not cost much more than the step's references.
-    n = min(pairs.tgt_len, 16 + max(len(pairs.targets[row]) for row in train_set.rows(step)))
     model.eval()
     with torch.compiler.set_stance("force_eager"):  # lengths differ from step to step
         prompts = [pairs.prompt(row) for row in rows]
         seeds = [((seed * 1_000_003 + step) * 1_000_003 + int(row)) % 2**63 for row in rows]
-        answers = drawn(model, prompts, n, seeds, n_ids)
+        answers = drawn(model, prompts, pairs.tgt_len, seeds, n_ids)
     model.train()
     return dict(zip(rows, answers))
 

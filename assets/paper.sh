@@ -8,6 +8,9 @@
 #     bash assets/paper.sh search TASK         each kind's own search of the task's rate, on val
 #     bash assets/paper.sh compare TASK        after pretraining, at the rates of RATES_TASK
 #     bash assets/paper.sh scratch TASK        without it
+#     bash assets/paper.sh teacher TASK        a decoder-only model of 8 M, pretrained, then tuned
+#     bash assets/paper.sh ablation TASK       ways to distil it into 2/3, on val: alpha, tau ...
+#     bash assets/paper.sh distil TASK         all kinds, with the keys in DISTIL
 #
 # TASK is docstring or codexglue, whose rows ROWS=folder gives. Rows go to assets/paper-*.jsonl.
 set -eu
@@ -19,10 +22,12 @@ stage=${1:-}
 shift || true
 mkdir -p out
 
+# The prefix LM learns from the same rows as the encoder-decoders, holes in its prompt.
 arch_of() {
     case $1 in
-        */*) echo "--arch=encdec --split=$1" ;;
-        *) echo "--arch=$1" ;;
+        */*) echo "--arch=encdec --split=$1 --objective=span" ;;
+        prefix) echo "--arch=prefix --objective=span" ;;
+        dec) echo "--arch=dec --objective=causal" ;;
     esac
 }
 
@@ -54,18 +59,33 @@ END
     touch "$out/done"
 }
 
-# Rates that the searches chose.
-declare -A pretraining_rate=([dec]=1e-2 [prefix]=1e-2 [1/3]=1e-2 [1/2]=1e-2 [2/3]=1e-2)
-RATES_docstring=""
-RATES_codexglue=""
-
-compare() {
-    task=$1 data=$1
-    shift
-    [ "$task" = codexglue ] && data="codexglue:${ROWS:?the folder of CodeXGLUE rows}"
-    $python bench.py compare --data="$data" --preset=$preset $common "$@"
+# A rate of the matrices and, times 0.4, of the embeddings, for one kind alone.
+rate_of() {
+    echo "$1:--lr=$2 $1:--embed_lr=$($python -c "print(round($2 * 0.4, 6))")"
 }
 
+# What the searches chose. The three encoder-decoders share the rates of 2/3.
+declare -A pretraining_rate=([dec]=2e-2 [prefix]=2e-2 [1/3]=2e-2 [1/2]=2e-2 [2/3]=2e-2)
+declare -A docstring_rate=([dec]=5e-3 [prefix]=5e-3 [2/3]=5e-3)
+declare -A codexglue_rate=([dec]=5e-3 [prefix]=5e-3 [2/3]=5e-3)
+
+chosen() { # TASK -> --train's words for all kinds
+    declare -n rates="$1_rate"
+    for kind in dec prefix 1/3 1/2 2/3; do
+        rate_of $kind "${rates[$kind]:-${rates[2/3]}}"
+    done
+}
+
+compare() { # TASK, more keys
+    data=$1
+    [ "$data" = codexglue ] && data="codexglue:${ROWS:?the folder of CodeXGLUE rows}"
+    name=$1-$stage
+    shift
+    $python bench.py compare --data="$data" --preset=$preset --results="assets/paper-$name.jsonl" \
+        $common "$@"
+}
+
+lengths="--src_len=512 --tgt_len=256 --eval_interval=100000"
 case $stage in
     rates)
         for rate in 5e-3 1e-2 2e-2; do
@@ -76,7 +96,54 @@ case $stage in
         ;;
     pretrain)
         for kind in "$@"; do
-            pretrain "$kind" "${pretraining_rate[$kind]}" "${STEPS:-2500}" "out/pre-${kind/\//}"
+            pretrain "$kind" "${pretraining_rate[$kind]}" "${STEPS:-2000}" "out/pre-${kind/\//}"
         done
+        ;;
+    search)
+        for rate in 2e-3 5e-3 1e-2; do
+            compare "$1" --archs="${ARCHS:-dec,prefix,2/3}" --seeds=1 --max_iters=250 \
+                --init_from='out/pre-{split}' \
+                --train="$lengths $(for kind in dec prefix 2/3; do rate_of $kind $rate; done)"
+        done
+        ;;
+    compare)
+        compare "$1" --archs="${ARCHS:-dec,prefix,1/3,1/2,2/3}" --max_iters="${STEPS:-600}" \
+            --eval_split=test --init_from='out/pre-{split}' --train="$lengths $(chosen "$1")"
+        ;;
+    scratch)
+        compare "$1" --archs="${ARCHS:-dec,prefix,1/3,1/2,2/3}" --max_iters="${STEPS:-600}" \
+            --eval_split=test --train="$lengths $(chosen "$1") --tokenizer=out/pre-23"
+        ;;
+    teacher)
+        task=$1
+        data=$task
+        [ "$task" = codexglue ] && data="codexglue:${ROWS:?the folder of CodeXGLUE rows}"
+        train() { # a run that is there stays, one that was cut off goes on
+            out=$1
+            shift
+            [ -f "$out/train_state.pt" ] && set -- --init_from=resume
+            $python train.py --out="$out" $common "$@"
+        }
+        train out/teacher-pre --arch=dec --preset=mini --data=pycode-full --tokenizer=out/pre-23 \
+            --max_iters="${STEPS:-2000}" --eval_rows=512 --compile=true
+        train "out/teacher-$task" --init_from=out/teacher-pre --data="$data" $lengths \
+            --lr=4e-3 --embed_lr=1.6e-3 --max_iters=1200 --eval_rows=0 --compile=true
+        ;;
+    ablation)
+        data=$1
+        [ "$data" = codexglue ] && data="codexglue:${ROWS:?the folder of CodeXGLUE rows}"
+        $python bench.py distill --data="$data" --teacher="out/teacher-$1" --preset=$preset $common \
+            --archs=2/3 --seeds=1 --max_iters="${STEPS:-300}" --init_from='out/pre-{split}' \
+            --train="$lengths $(chosen "$1")" --results="assets/paper-$1-ablation.jsonl"
+        ;;
+    distil)
+        compare "$1" --archs="${ARCHS:-dec,1/3,1/2,2/3}" --max_iters="${STEPS:-600}" \
+            --eval_split=test --init_from='out/pre-{split}' --teacher="out/teacher-$1" \
+            --distill="${DISTIL:---alpha=0.5 --kl=forward --sequences=data}" \
+            --train="$lengths $(chosen "$1")"
+        ;;
+    *)
+        sed -n '2,16p' "$0"
+        exit 2
         ;;
 esac

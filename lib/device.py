@@ -1,6 +1,6 @@
 """The machine: device, precision, processes, and what makes it fast. None of it is needed to
 understand a training step. World.place puts fast_attention, narrow and in_chunks around the model;
-each computes what model.py says."""
+each, and aligned_logits, computes what model.py says."""
 
 import contextlib
 import ctypes
@@ -50,9 +50,8 @@ class World:
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")
         if self.size > 1 and not dist.is_initialized():
-            kind = dict(backend="gloo")
-            if self.device.type == "cuda":
-                kind = dict(backend="cpu:gloo,cuda:nccl", device_id=self.device)
+            nccl = dict(backend="cpu:gloo,cuda:nccl", device_id=self.device)
+            kind = nccl if self.device.type == "cuda" else dict(backend="gloo")
             # The others wait while the first process tokenizes, which can take hours.
             dist.init_process_group(**kind, timeout=timedelta(days=2))
         self.dtype = find_dtype(cfg.dtype, self.device)
@@ -85,6 +84,8 @@ class World:
         model = tune(model.to(self.device))
         model.embed.register_forward_hook(narrow)
         model.loss = partial(in_chunks, model.loss, model.config.vocab_size)
+        if self.device.type != "cpu" and model.config.vocab_size % 64:
+            model.logits = partial(aligned_logits, (model.head or model.embed).weight)
         if self.checkpoint:
             checkpoint_blocks(model)
         return model
@@ -95,8 +96,7 @@ class World:
 
     def rows(self, micro, batch_size):
         """Numbers in the global batch of the rows of this process's micro-batch."""
-        first = (micro * self.size + self.rank) * batch_size
-        return np.arange(first, first + batch_size)
+        return np.arange(batch_size) + (micro * self.size + self.rank) * batch_size
 
     def sum(self, *numbers):
         """Sums of numbers over all processes."""
@@ -231,6 +231,12 @@ def narrow(embed, ids, x):
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
+def aligned_logits(weight, states):
+    """model.logits of a vocabulary that is no multiple of 64, which a GPU's tensor cores want. The
+    rows that are added give no logits: none of them can become a word."""
+    return F.linear(states, F.pad(weight, (0, 0, 0, -len(weight) % 64)))[..., : len(weight)]
+
+
 CHUNK = 2**26  # logits that exist at a time: 256 MB in float32
 
 
@@ -273,8 +279,8 @@ def fit_memory(model, train_set, cfg, world):
         if cfg.batch_size % 2:
             raise UserError(f"--batch_size={cfg.batch_size} rows do not fit into {world.device}")
         cfg.batch_size, cfg.grad_accum = cfg.batch_size // 2, cfg.grad_accum * 2
-        size = f"--batch_size={cfg.batch_size} --grad_accum={cfg.grad_accum}"
-        world.say(f"{world.device} has too little memory: going on with {size}, the same rows")
+        size = f"--batch_size={cfg.batch_size} --grad_accum={cfg.grad_accum}, the same rows"
+        world.say(f"{world.device} has too little memory: going on with {size}")
 
 
 def pack(model):

@@ -200,8 +200,8 @@ class Log:
         path = os.path.join(folder, "log.jsonl")
         if os.path.isfile(path):
             with open(path, encoding="utf-8", errors="replace") as file:
-                rows = [row for row in map(log_row, file) if row]
-            self.rows = [row for row in rows if row["step"] < step + ("val_loss" in row)]
+                rows = filter(None, map(log_row, file))
+                self.rows = [row for row in rows if row["step"] < step + ("val_loss" in row)]
         with replacing(path) as new, open(new, "w", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in self.rows)
         # Our own plain file, since the line above. Each row is written at once.

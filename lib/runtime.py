@@ -105,10 +105,9 @@ class Exported:
         logits, cache = session.get_outputs()[:2]
         inputs, half = self.shapes["decoder"].keys(), logits.type == "tensor(float16)"
         found = "mask" in inputs, "memory_key_0" in inputs, logits.shape[-1], cache.shape[-1], half
-        half = cfg.precision == "fp16"
-        fits = found == (cfg.static, cfg.n_enc > 0, cfg.vocab_size, cfg.head_dim, half)
+        wanted = cfg.static, cfg.n_enc > 0, cfg.vocab_size, cfg.head_dim, cfg.precision == "fp16"
+        fits = found == wanted and cfg.pad_id >= 0 and cfg.bos_id >= -1
         fits = fits and min(cfg.tgt_len, cfg.src_len + (cfg.n_enc == 0), cfg.rope_theta) >= 1
-        fits = fits and cfg.pad_id >= 0 and cfg.bos_id >= -1
         if not fits or max(cfg.pad_id, cfg.bos_id, cfg.eos_id) >= cfg.vocab_size:
             raise UserError(f"{folder}: {FILE} does not describe its graphs: export the run again")
 

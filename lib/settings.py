@@ -29,7 +29,10 @@ def read_settings(kind, about, argv=None):
     words = list(sys.argv[1:] if argv is None else argv)
     fields, values = {f"--{field.name}": field for field in dataclasses.fields(kind)}, {}
     if "--help" in words or "-h" in words:
-        print(about, *map(describe_key, fields.values()), sep="\n")
+        print(about)
+        for name, field in fields.items():
+            default = "" if field.default is None else f" [{field.default}]"
+            print(f"  {f'{name}={kinds_of(field)}':<32} {field.metadata['help']}{default}")
         sys.exit(0)
     while words:
         key, equals, text = words.pop(0).partition("=")
@@ -43,12 +46,6 @@ def read_settings(kind, about, argv=None):
             text = "true"  # --static is --static=true
         values[key[2:]] = read_value(fields[key], text)
     return kind(**values)
-
-
-def describe_key(field):
-    """A key's line of --help."""
-    default = "" if field.default is None else f" [{field.default}]"
-    return f"  {f'--{field.name}={kinds_of(field)}':<32} {field.metadata['help']}{default}"
 
 
 def kinds_of(field):
@@ -125,9 +122,8 @@ class Lines:
 def progress(rows=None, what=None, **more):
     """A tqdm bar that is redrawn at most twice a second. Where standard error is no terminal, it
     is a line every ten seconds."""
-    if sys.stderr.isatty():
-        return tqdm(rows, what, mininterval=0.5, **more)
-    return tqdm(rows, what, mininterval=10, delay=10, file=Lines(), **more)
+    lines = dict(mininterval=10, delay=10, file=Lines())
+    return tqdm(rows, what, **dict(mininterval=0.5) if sys.stderr.isatty() else lines, **more)
 
 
 def printable(text):

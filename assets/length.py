@@ -1,0 +1,99 @@
+"""Sources longer than a model was trained on: RoPE's base stretched (NTK-aware, as model.py does
+it), positions squeezed instead (linear), or neither. The paper's section 3.1.
+
+    python assets/length.py --run=RUN,RUN2 [--windows=256,512,1024,2048] [--rows=256]
+
+For each run of train.py on text: nats a token of the last 63 tokens of held-out windows, given all
+before them. A longer window of a text holds the same last tokens: only how much is read before them
+differs.
+"""
+
+import json
+import os
+import sys
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import numpy as np
+import torch
+
+import model as lm
+from bench import table
+from data.corpus import prepare
+from data.objectives import make_batch
+from data.sets import TextSet, decoder_only
+from lib.device import start, to_device
+from lib.runs import read_run
+from lib.settings import read_settings, script, setting
+
+
+@dataclass
+class Settings:
+    run: str = setting("", "run folders, separated by commas")
+    windows: str = setting("256,512,1024,2048", "tokens read before the answer")
+    rows: int = setting(256, "held-out windows", low=1)
+    device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
+    dtype: str = setting("auto", "of matrix products", ("auto", "float32", "bfloat16"))
+    threads: int = setting(0, "CPU threads; 0 is torch's choice", high=4096)
+    seed = 1337  # lib.device.start wants one; nothing is drawn here
+
+
+stretched, tables = lm.stretch_of, lm.rope_tables
+
+
+def squeezed(positions, cfg, stretch=1.0):
+    """rope_tables of positions that are squeezed into the trained length."""
+    return tables(positions / stretch, cfg)
+
+
+KINDS = dict(
+    ntk=(stretched, tables),
+    linear=(stretched, squeezed),
+    none=(lambda lengths, longest, trained: 1.0, tables),
+)
+
+
+@torch.no_grad()
+def last_loss(model, valid_set, about, starts, window, after, world):
+    """Nats a token of `after` tokens at `starts`, given the `window` tokens before them."""
+    tokenizer, total = valid_set.tokenizer, 0.0
+    for group in np.array_split(starts, -(-len(starts) // 16)):
+        ids = valid_set.tokens.windows(group - window, window + after)
+        sources, targets = ids[:, :window], ids[:, window:]
+        if about.objective == "span":  # the answer is a hole behind the text
+            hole = np.full_like(ids[:, :1], tokenizer.sentinel(0))
+            sources = np.concatenate((sources, hole, np.full_like(hole, tokenizer.eos)), 1)
+            targets = np.concatenate((hole, targets), 1)
+        if about.objective == "causal":
+            sources, targets = None, ids
+        src, tgt, mask = make_batch(sources, targets, tokenizer, decoder_only(about))
+        mask[:, :-after] = False
+        with world.autocast():
+            total += model(*to_device((src, tgt, mask), world.device)).item()
+    return total / (len(starts) * after)
+
+
+def main():
+    cfg = read_settings(Settings, __doc__)
+    world, rows = start(cfg), []
+    windows, after = [int(n) for n in cfg.windows.split(",")], 63
+    for run in cfg.run.split(","):
+        about = SimpleNamespace(**read_run(run)["settings"])
+        model = world.place(lm.Transformer.load(run, device=world.device)).eval()
+        valid_set = TextSet(prepare(about.data, run, log=world.say), "val", about)
+        last = len(valid_set.tokens) - after
+        starts = np.linspace(max(windows), last, cfg.rows).astype(int)
+        for kind, (lm.stretch_of, lm.rope_tables) in KINDS.items():
+            row = dict(run=os.path.basename(run), rope=kind)
+            for n in windows:
+                loss = last_loss(model, valid_set, about, starts, n, after, world)
+                row[str(n)] = round(loss, 4)
+            rows.append(row)
+            print(json.dumps(row), file=sys.stderr)
+    table(f"nats a token, {cfg.rows} windows; tokens read before it", rows)
+
+
+if __name__ == "__main__":
+    script(main)
