@@ -85,7 +85,8 @@ compare() { # TASK, more keys
         $common "$@"
 }
 
-lengths="--src_len=512 --tgt_len=256 --eval_interval=100000"
+# Evaluated once, at the end.
+lengths="--src_len=512 --tgt_len=256 --eval_interval=100000 --compile=true"
 case $stage in
     rates)
         for rate in 5e-3 1e-2 2e-2; do
