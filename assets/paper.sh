@@ -12,7 +12,7 @@
 #     bash assets/paper.sh ablation TASK       ways to distil it into 2/3, on val: alpha, tau ...
 #     bash assets/paper.sh distil TASK         all kinds, with the keys in DISTIL
 #
-# TASK is docstring or codexglue, whose rows ROWS=folder gives. Rows go to assets/paper-*.jsonl.
+# TASK is docstring, of all Python source on this machine, or codexglue, whose rows ROWS=folder gives. Rows go to assets/paper-*.jsonl.
 set -eu
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
@@ -76,9 +76,29 @@ chosen() { # TASK -> --train's words for all kinds
     done
 }
 
+# docstring-full takes minutes to read: its rows are written once.
+data_of() { # TASK -> --data
+    if [ "$1" = codexglue ]; then
+        echo "codexglue:${ROWS:?the folder of CodeXGLUE rows}"
+        return
+    fi
+    [ -d out/docstring-rows ] || $python - >&2 <<'END'
+import json
+import os
+
+from data.tasks import load_task
+
+os.makedirs("out/docstring-new")
+for split, rows in load_task("docstring-full").splits.items():
+    with open(f"out/docstring-new/{split}.jsonl", "w") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+os.rename("out/docstring-new", "out/docstring-rows")
+END
+    echo out/docstring-rows
+}
+
 compare() { # TASK, more keys
-    data=$1
-    [ "$data" = codexglue ] && data="codexglue:${ROWS:?the folder of CodeXGLUE rows}"
+    data=$(data_of "$1")
     name=$1-$stage
     shift
     $python bench.py compare --data="$data" --preset=$preset --results="assets/paper-$name.jsonl" \
@@ -102,23 +122,22 @@ case $stage in
         ;;
     search)
         for rate in 2e-3 5e-3 1e-2; do
-            compare "$1" --archs="${ARCHS:-dec,prefix,2/3}" --seeds=1 --max_iters=250 \
+            compare "$1" --archs="${ARCHS:-dec,prefix,2/3}" --seeds=1 --max_iters=300 \
                 --init_from='out/pre-{split}' \
                 --train="$lengths $(for kind in dec prefix 2/3; do rate_of $kind $rate; done)"
         done
         ;;
     compare)
-        compare "$1" --archs="${ARCHS:-dec,prefix,1/3,1/2,2/3}" --max_iters="${STEPS:-600}" \
+        compare "$1" --archs="${ARCHS:-dec,prefix,1/3,1/2,2/3}" --max_iters="${STEPS:-1000}" \
             --eval_split=test --init_from='out/pre-{split}' --train="$lengths $(chosen "$1")"
         ;;
     scratch)
-        compare "$1" --archs="${ARCHS:-dec,prefix,1/3,1/2,2/3}" --max_iters="${STEPS:-600}" \
+        compare "$1" --archs="${ARCHS:-dec,prefix,1/3,1/2,2/3}" --max_iters="${STEPS:-1000}" \
             --eval_split=test --train="$lengths $(chosen "$1") --tokenizer=out/pre-23"
         ;;
     teacher)
         task=$1
-        data=$task
-        [ "$task" = codexglue ] && data="codexglue:${ROWS:?the folder of CodeXGLUE rows}"
+        data=$(data_of "$task")
         train() { # a run that is there stays, one that was cut off goes on
             out=$1
             shift
@@ -127,18 +146,17 @@ case $stage in
         }
         train out/teacher-pre --arch=dec --preset=mini --data=pycode-full --tokenizer=out/pre-23 \
             --max_iters="${STEPS:-2000}" --eval_rows=512 --compile=true
-        train "out/teacher-$task" --init_from=out/teacher-pre --data="$data" $lengths \
+        train "out/teacher-$task" --init_from=out/teacher-pre --data="$data" --objective=seq2seq $lengths \
             --lr=4e-3 --embed_lr=1.6e-3 --max_iters=1200 --eval_rows=0 --compile=true
         ;;
     ablation)
-        data=$1
-        [ "$data" = codexglue ] && data="codexglue:${ROWS:?the folder of CodeXGLUE rows}"
+        data=$(data_of "$1")
         $python bench.py distill --data="$data" --teacher="out/teacher-$1" --preset=$preset $common \
             --archs=2/3 --seeds=1 --max_iters="${STEPS:-300}" --init_from='out/pre-{split}' \
             --train="$lengths $(chosen "$1")" --results="assets/paper-$1-ablation.jsonl"
         ;;
     distil)
-        compare "$1" --archs="${ARCHS:-dec,1/3,1/2,2/3}" --max_iters="${STEPS:-600}" \
+        compare "$1" --archs="${ARCHS:-dec,1/3,1/2,2/3}" --max_iters="${STEPS:-1000}" \
             --eval_split=test --init_from='out/pre-{split}' --teacher="out/teacher-$1" \
             --distill="${DISTIL:---alpha=0.5 --kl=forward --sequences=data}" \
             --train="$lengths $(chosen "$1")"
