@@ -1,7 +1,7 @@
 #!/bin/bash
 # The paper's comparison in small: equal pretraining, then tasks, for a decoder-only model, a prefix
-# LM and three encoder-decoders of 2.2 M parameters whose splits are exact thirds. Runs are by steps,
-# one thread each, so that a busy machine changes nothing; what is finished is not run again.
+# LM and three encoder-decoders of 2.2 M parameters whose splits are exact thirds. Runs are by
+# steps, one thread each, so that a busy machine changes nothing. What is finished is not run again.
 #
 #     bash assets/paper.sh rates               each kind's own search of the pretraining rate
 #     bash assets/paper.sh pretrain dec 2/3    these kinds
@@ -12,7 +12,8 @@
 #     bash assets/paper.sh ablation TASK       ways to distil it into 2/3, on val: alpha, tau ...
 #     bash assets/paper.sh distil TASK         all kinds, with the keys in DISTIL
 #
-# TASK is docstring, of all Python source on this machine, or codexglue, whose rows ROWS=folder gives. Rows go to assets/paper-*.jsonl.
+# TASK is docstring, of all Python source on this machine, or codexglue, of the files in the folder
+# ROWS. Results go to assets/paper-*.jsonl.
 set -eu
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
@@ -54,7 +55,8 @@ with open(f"{out}/log.jsonl") as file:
     rows = [json.loads(line) for line in file]
 last = [row for row in rows if "val_loss" in row][-1]
 row = dict(arch=kind, lr=float(rate), steps=int(steps), tokens_m=round(last["tokens"] / 1e6, 2))
-print(json.dumps(row | {key: round(x, 4) for key, x in last.items() if "val" in key or "bits" in key}))
+row |= {key: round(last[key], 4) for key in ("val_loss", "bits_per_byte")}
+print(json.dumps(row))
 END
     touch "$out/done"
 }
@@ -146,8 +148,8 @@ case $stage in
         }
         train out/teacher-pre --arch=dec --preset=mini --data=pycode-full --tokenizer=out/pre-23 \
             --max_iters="${STEPS:-2000}" --eval_rows=512 --compile=true
-        train "out/teacher-$task" --init_from=out/teacher-pre --data="$data" --objective=seq2seq $lengths \
-            --lr=4e-3 --embed_lr=1.6e-3 --max_iters=1200 --eval_rows=0 --compile=true
+        train "out/teacher-$task" --init_from=out/teacher-pre --data="$data" --objective=seq2seq \
+            $lengths --lr=4e-3 --embed_lr=1.6e-3 --max_iters=1200 --eval_rows=0 --compile=true
         ;;
     ablation)
         data=$(data_of "$1")
@@ -162,7 +164,7 @@ case $stage in
             --train="$lengths $(chosen "$1")"
         ;;
     *)
-        sed -n '2,16p' "$0"
+        sed -n '2,17p' "$0"
         exit 2
         ;;
 esac
