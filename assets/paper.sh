@@ -153,8 +153,8 @@ case $stage in
         ;;
     ablation)
         data=$(data_of "$1")
-        $python bench.py distill --data="$data" --teacher="out/teacher-$1" --preset=$preset $common \
-            --archs=2/3 --seeds=1 --max_iters="${STEPS:-300}" --init_from='out/pre-{split}' \
+        $python bench.py distill --data="$data" --teacher="out/teacher-$1" --preset=$preset \
+            $common --archs=2/3 --seeds=1 --max_iters="${STEPS:-300}" --init_from='out/pre-{split}' \
             --train="$lengths $(chosen "$1")" --results="assets/paper-$1-ablation.jsonl"
         ;;
     distil)
