@@ -13,7 +13,7 @@
 #     bash assets/paper.sh distil TASK         all kinds, with the keys in DISTIL
 #
 # TASK is docstring, of all Python source on this machine, or codexglue, of the files in the folder
-# ROWS. Results go to assets/paper-*.jsonl.
+# ROWS. Results go to out/paper-*.jsonl; those of results.md lie in assets/.
 set -eu
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
@@ -32,11 +32,11 @@ arch_of() {
     esac
 }
 
-# Pretraining: one row of assets/paper-pretraining.jsonl a run. The rate of embeddings is 0.4 of the
+# Pretraining: one row of out/paper-pretraining.jsonl a run. The rate of embeddings is 0.4 of the
 # matrices'.
 pretrain() {
     kind=$1 rate=$2 steps=$3 out=$4
-    rows=assets/paper-pretraining.jsonl
+    rows=out/paper-pretraining.jsonl
     [ -f "$out/done" ] && return
     extra="--init_from=resume"
     if [ ! -f "$out/train_state.pt" ]; then
@@ -103,7 +103,7 @@ compare() { # TASK, more keys
     data=$(data_of "$1")
     name=$1-$stage
     shift
-    $python bench.py compare --data="$data" --preset=$preset --results="assets/paper-$name.jsonl" \
+    $python bench.py compare --data="$data" --preset=$preset --results="out/paper-$name.jsonl" \
         $common "$@"
 }
 
@@ -155,7 +155,7 @@ case $stage in
         data=$(data_of "$1")
         $python bench.py distill --data="$data" --teacher="out/teacher-$1" --preset=$preset \
             $common --archs=2/3 --seeds=1 --max_iters="${STEPS:-300}" --init_from='out/pre-{split}' \
-            --train="$lengths $(chosen "$1")" --results="assets/paper-$1-ablation.jsonl"
+            --train="$lengths $(chosen "$1")" --results="out/paper-$1-ablation.jsonl"
         ;;
     distil)
         compare "$1" --archs="${ARCHS:-dec,1/3,1/2,2/3}" --max_iters="${STEPS:-1000}" \
