@@ -23,11 +23,13 @@ stage=${1:-}
 shift || true
 mkdir -p out
 
-# The prefix LM learns from the same rows as the encoder-decoders, holes in its prompt.
+# The prefix LM learns from the same rows as the encoder-decoders, holes in its prompt. OBJECTIVE=ul2
+# gives these four another objective, and their runs another name.
+pre="out/pre-${OBJECTIVE:+$OBJECTIVE-}"
 arch_of() {
     case $1 in
-        */*) echo "--arch=encdec --split=$1 --objective=span" ;;
-        prefix) echo "--arch=prefix --objective=span" ;;
+        */*) echo "--arch=encdec --split=$1 --objective=${OBJECTIVE:-span}" ;;
+        prefix) echo "--arch=prefix --objective=${OBJECTIVE:-span}" ;;
         dec) echo "--arch=dec --objective=causal" ;;
     esac
 }
@@ -119,19 +121,19 @@ case $stage in
         ;;
     pretrain)
         for kind in "$@"; do
-            pretrain "$kind" "${pretraining_rate[$kind]}" "${STEPS:-2000}" "out/pre-${kind/\//}"
+            pretrain "$kind" "${pretraining_rate[$kind]}" "${STEPS:-2000}" "$pre${kind/\//}"
         done
         ;;
     search)
         for rate in 2e-3 5e-3 1e-2; do
             compare "$1" --archs="${ARCHS:-dec,prefix,2/3}" --seeds=1 --max_iters=300 \
-                --init_from='out/pre-{split}' \
+                --init_from="$pre{split}" \
                 --train="$lengths $(for kind in dec prefix 2/3; do rate_of $kind $rate; done)"
         done
         ;;
     compare)
         compare "$1" --archs="${ARCHS:-dec,prefix,1/3,1/2,2/3}" --max_iters="${STEPS:-1000}" \
-            --eval_split=test --init_from='out/pre-{split}' --train="$lengths $(chosen "$1")"
+            --eval_split=test --init_from="$pre{split}" --train="$lengths $(chosen "$1")"
         ;;
     scratch)
         compare "$1" --archs="${ARCHS:-dec,prefix,1/3,1/2,2/3}" --max_iters="${STEPS:-1000}" \
@@ -154,12 +156,12 @@ case $stage in
     ablation)
         data=$(data_of "$1")
         $python bench.py distill --data="$data" --teacher="out/teacher-$1" --preset=$preset \
-            $common --archs=2/3 --seeds=1 --max_iters="${STEPS:-300}" --init_from='out/pre-{split}' \
+            $common --archs=2/3 --seeds=1 --max_iters="${STEPS:-300}" --init_from="$pre{split}" \
             --train="$lengths $(chosen "$1")" --results="out/paper-$1-ablation.jsonl"
         ;;
     distil)
         compare "$1" --archs="${ARCHS:-dec,1/3,1/2,2/3}" --max_iters="${STEPS:-1000}" \
-            --eval_split=test --init_from='out/pre-{split}' --teacher="out/teacher-$1" \
+            --eval_split=test --init_from="$pre{split}" --teacher="out/teacher-$1" \
             --distill="${DISTIL:---alpha=0.5 --kl=forward --sequences=data}" \
             --train="$lengths $(chosen "$1")"
         ;;
