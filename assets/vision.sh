@@ -25,13 +25,13 @@ compare --data=charts --archs=dec,2/3 --seeds=1 --max_minutes=12 --init_from='ou
     --train='--batch_size=4 --lr=4e-3 --eval_rows=300 --compile=true' \
     --results=assets/vision-charts.jsonl "$@"
 
-# The paper's table 3, on charts cut into four tiles. All start from the same run, which has read
-# charts with every token.
+# The paper's table 3, on charts cut into four tiles and a thumbnail. All start from the same run,
+# which has read charts with every tile.
 read_tables out/tables-tiles --split=2/3 --image_size=80 --grid=2 --threads=1 "$@"
 tiles='--stage=ocr --batch_size=4 --lr=4e-3 --eval_rows=100 --compile=true'
 for way in '' ' --look=encoder' ' --look=decoder' ' --tokens=variance' ' --tokens=learned' \
     ' --tokens=concat --keep=0.5'; do
-    compare --data=tables --archs=2/3 --seeds=1 --max_iters=400 --init_from=out/tables-tiles \
+    compare --data=tables --archs=2/3 --seeds=3 --max_iters=400 --init_from=out/tables-tiles \
         --train="$tiles$way" --results=assets/vision-tiles.jsonl "$@"
 done
 
