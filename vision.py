@@ -56,8 +56,8 @@ TOWERS = {
     "tiny": dict(image_size=96, patch=16, n_layer=3, n_embd=192, n_head=3, n_hidden=512),
     "large": dict(image_size=336, patch=14, n_layer=23, n_embd=1024, n_head=16, n_hidden=4096),
 }
-# Share of the passes in training whose tiles are drawn (released code): what is never read has no
-# gradient.
+# In this share of the training passes, tiles are drawn at random (released code). Otherwise a tile
+# that the gate ranks low is never read, and the gate learns nothing about it.
 CHANCE = 0.8
 # The paper's stages, with the data set that each has by default.
 STAGES = dict(align="llava-pretrain", ocr="ureader", instruct="llava-instruct", task="shapes")
@@ -254,7 +254,7 @@ class VisionLM(lm.Transformer):
         if vision.tokens == "learned":  # the released code's: scores a tile by its grey pixels
             self.gating = nn.Sequential(nn.Linear(pixels, 128), nn.GELU(), nn.Linear(128, 1))
         self.init_weights()  # the tower's layers, too, start as the identity
-        # A gate of zero and a matrix of zeros would both stay so.
+        # The gates start at zero. With output matrices of zeros, neither would get a gradient.
         for layer in [x for block in self.looking for x in (block.look.wo, block.look_mlp.down)]:
             nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
         nn.init.normal_(self.tower.embed_position, std=0.5)
@@ -267,7 +267,7 @@ class VisionLM(lm.Transformer):
             return self.embed_marker.new_zeros(0, len(self.embed_marker)), []
         inputs = np.concatenate([picture.tiles for picture in pictures])
         if cfg.tokens == "learned":
-            # Divided by the side, pixels add up to much the same at any size.
+            # Divided by the side, the input has the same norm at any size.
             pixels = grey(*to_device([inputs], device), cfg).flatten(1) / cfg.image_size
             gates = self.gating(pixels.to(self.embed_marker.dtype))  # (inputs, 1)
             drawn = self.training and torch.rand(()) < CHANCE
@@ -276,13 +276,13 @@ class VisionLM(lm.Transformer):
         orders, rows, read = token_orders(pictures, cfg, scores)
         tiles, rows, read = to_device([inputs[read], rows, read], device)
         trained = torch.is_grad_enabled() and self.tower.embed_position.requires_grad
-        # What needs no gradient need not be kept: 16 tiles at a time.
+        # A tower that is not trained keeps no activations: 16 tiles at a time save memory.
         features = torch.cat([self.tower(x) for x in tiles.split(len(tiles) if trained else 16)])
         tokens = self.projector(features.unflatten(1, (-1, cfg.joined)).flatten(2))
         if cfg.tokens == "learned":  # as weights, about 1 at first, gates get a gradient
             tokens = tokens * 2 * gates[read].sigmoid()[:, :, None].to(tokens.dtype)
         table = torch.cat((tokens.flatten(0, 1), self.embed_marker[None].to(tokens.dtype)))
-        # The marker is read often. An embedding adds up its gradient in a fixed order.
+        # Many rows are the marker. F.embedding adds up their gradients in a fixed order.
         return F.embedding(rows, table), orders
 
     see = torch.no_grad()(tokens_of)
@@ -290,7 +290,9 @@ class VisionLM(lm.Transformer):
     def look_at(self, images):
         """The tokens (N, C) of the pictures of the next call, in the order of their placeholders;
         None for text alone. `forward` and `generate` do this; other methods need it before."""
-        self.images = () if images is None else images.to(self.embed.weight.dtype)
+        kind, grad = self.embed.weight.dtype, torch.is_grad_enabled()
+        # compile_parts brings tokens without a graph; in align, nothing else would have one.
+        self.images = () if images is None else images.to(kind).requires_grad_(grad)
         for block in self.looking:
             block.sight = None
 
@@ -299,7 +301,7 @@ class VisionLM(lm.Transformer):
         x, here = super().embedded(ids), ids == self.vision.image_id
         if ids.size(1) == 1:  # a token of an answer is no picture
             return x
-        if ids.is_cpu or self.looking:  # where nobody needs the counts, a GPU need not tell them
+        if ids.is_cpu or self.looking:  # on a GPU, tolist() would wait for its answer
             counts = here.sum(1)
             if not any(each := counts.tolist()):
                 return x
@@ -419,7 +421,7 @@ def choose_tower(cfg):
 
 
 def equalised(config, vision):
-    """The config with an MLP so narrow that --look adds no parameters, within 1%."""
+    """The config with a narrower MLP: with --look, as many parameters as without, within 1%."""
     kinds = (8, vision), (16, vision), (config.n_hidden, replace(vision, look="none"))
     with torch.device("meta"):
         low, high, aim = [VisionLM(replace(config, n_hidden=n), v).num_params() for n, v in kinds]
@@ -457,8 +459,8 @@ def make_model(cfg, tokenizer, vision, tower_weights):
 
 @torch.no_grad()
 def evaluate(model, valid_set, cfg, world, step):
-    """Loss and scores of the held-out rows; blank_loss, with an empty ground in the place of each
-    picture: what is known without looking. Shows an example."""
+    """Loss and scores of the held-out rows. blank_loss is the loss when every picture is replaced
+    by its plain background: what is known without looking. Shows an example."""
     model.eval()
     pairs, loss, texts, n = valid_set.pairs, {True: 0.0, False: 0.0}, [], 0
     rows = sorted(evenly(len(pairs.rows), cfg.eval_rows), key=lambda k: -len(pairs.sources[k]))

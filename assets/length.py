@@ -26,7 +26,7 @@ from data.objectives import make_batch
 from data.sets import TextSet, decoder_only
 from lib.device import start, to_device
 from lib.runs import read_run
-from lib.settings import read_settings, script, setting
+from lib.settings import UserError, read_settings, script, setting
 
 
 @dataclass
@@ -82,8 +82,11 @@ def main():
     for run in cfg.run.split(","):
         about = SimpleNamespace(**read_run(run)["settings"])
         model = world.place(lm.Transformer.load(run, device=world.device)).eval()
-        valid_set = TextSet(prepare(about.data, run, log=world.say), "val", about)
+        corpus = prepare(about.data, run, log=world.say, most=about.max_tokens)
+        valid_set = TextSet(corpus, "val", about)
         last = len(valid_set.tokens) - after
+        if last < max(windows):
+            raise UserError(f"{run}: its held-out text is shorter than --windows={cfg.windows}")
         starts = np.linspace(max(windows), last, cfg.rows).astype(int)
         for kind, (lm.stretch_of, lm.rope_tables) in KINDS.items():
             row = dict(run=os.path.basename(run), rope=kind)

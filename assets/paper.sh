@@ -8,14 +8,15 @@
 #     bash assets/paper.sh search TASK         each kind's own search of the task's rate, on val
 #     bash assets/paper.sh compare TASK        after pretraining, at the rates of RATES_TASK
 #     bash assets/paper.sh scratch TASK        without it
-#     bash assets/paper.sh teacher TASK        a decoder-only model of 8 M, pretrained, then tuned
+#     bash assets/paper.sh teacher TASK        a decoder-only model of 6 M, pretrained, then tuned
 #     bash assets/paper.sh ablation TASK       ways to distil it into 2/3, on val: alpha, tau ...
-#     bash assets/paper.sh distil TASK         all kinds, with the keys in DISTIL
+#     bash assets/paper.sh distil TASK         all kinds but the prefix LM, with the keys in DISTIL
 #
 # TASK is docstring, of all Python source on this machine, or codexglue, of the files in the folder
 # ROWS. Results go to out/paper-*.jsonl; those of results.md lie in assets/.
 set -eu
-cd "$(dirname "$0")/.."
+shopt -s inherit_errexit # a failure inside $(...) ends the script, too
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python}
 preset=thin
 common="--threads=1"
@@ -24,7 +25,7 @@ shift || true
 mkdir -p out
 
 # The prefix LM learns from the same rows as the encoder-decoders, holes in its prompt. OBJECTIVE=ul2
-# gives these four another objective, and their runs another name.
+# gives these four another objective, and all runs another name.
 pre="out/pre-${OBJECTIVE:+$OBJECTIVE-}"
 arch_of() {
     case $1 in
@@ -48,19 +49,22 @@ pretrain() {
             --eval_rows=512 --compile=true"
     fi
     $python train.py $extra $common --out="$out"
-    $python - "$kind" "$rate" "$steps" "$out" >>"$rows" <<'END'
+    touch "$out/done"
+    $python - "$kind" "$out" >>"$rows" <<'END'
 import json
 import sys
 
-kind, rate, steps, out = sys.argv[1:]
+kind, out = sys.argv[1:]
+with open(f"{out}/run.json") as file:
+    cfg = json.load(file)["settings"]
 with open(f"{out}/log.jsonl") as file:
     rows = [json.loads(line) for line in file]
 last = [row for row in rows if "val_loss" in row][-1]
-row = dict(arch=kind, lr=float(rate), steps=int(steps), tokens_m=round(last["tokens"] / 1e6, 2))
+row = dict(arch=kind, objective=cfg["objective"], lr=cfg["lr"], steps=last["step"])
+row["tokens_m"] = round(last["tokens"] / 1e6, 2)
 row |= {key: round(last[key], 4) for key in ("val_loss", "bits_per_byte")}
 print(json.dumps(row))
 END
-    touch "$out/done"
 }
 
 # A rate of the matrices and, times 0.4, of the embeddings, for one kind alone.
@@ -70,7 +74,7 @@ rate_of() {
 
 # What the searches chose. The three encoder-decoders share the rates of 2/3.
 declare -A pretraining_rate=([dec]=2e-2 [prefix]=2e-2 [1/3]=2e-2 [1/2]=2e-2 [2/3]=2e-2)
-declare -A docstring_rate=([dec]=5e-3 [prefix]=5e-3 [2/3]=5e-3)
+declare -A docstring_rate=([dec]=5e-3 [prefix]=5e-3 [2/3]=1e-2)
 declare -A codexglue_rate=([dec]=5e-3 [prefix]=5e-3 [2/3]=5e-3)
 
 chosen() { # TASK -> --train's words for all kinds
@@ -92,7 +96,7 @@ import os
 
 from data.tasks import load_task
 
-os.makedirs("out/docstring-new")
+os.makedirs("out/docstring-new", exist_ok=True)
 for split, rows in load_task("docstring-full").splits.items():
     with open(f"out/docstring-new/{split}.jsonl", "w") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
@@ -109,13 +113,22 @@ compare() { # TASK, more keys
         $common "$@"
 }
 
-# Evaluated once, at the end.
+# Scored once, at the end.
 lengths="--src_len=512 --tgt_len=256 --eval_interval=100000 --compile=true"
+case $stage:${1:-} in
+    compare:docstring | scratch:docstring | ablation:docstring | distil:docstring | \
+    compare:codexglue | scratch:codexglue | ablation:codexglue | distil:codexglue)
+        words="$lengths $(chosen "$1")"
+        ;;
+    rates:* | pretrain:* | search:docstring | search:codexglue | teacher:docstring | \
+    teacher:codexglue) ;;
+    *) stage=help ;;
+esac
 case $stage in
     rates)
         for rate in 5e-3 1e-2 2e-2; do
             for kind in "${@:-dec}"; do
-                pretrain "$kind" "$rate" 300 "out/rate-${kind/\//}-$rate"
+                pretrain "$kind" "$rate" 300 "${pre/pre/rate}${kind/\//}-$rate"
             done
         done
         ;;
@@ -133,11 +146,11 @@ case $stage in
         ;;
     compare)
         compare "$1" --archs="${ARCHS:-dec,prefix,1/3,1/2,2/3}" --max_iters="${STEPS:-1000}" \
-            --eval_split=test --init_from="$pre{split}" --train="$lengths $(chosen "$1")"
+            --eval_split=test --init_from="$pre{split}" --train="$words"
         ;;
     scratch)
         compare "$1" --archs="${ARCHS:-dec,prefix,1/3,1/2,2/3}" --max_iters="${STEPS:-1000}" \
-            --eval_split=test --train="$lengths $(chosen "$1") --tokenizer=out/pre-23"
+            --eval_split=test --train="$words --tokenizer=out/pre-23"
         ;;
     teacher)
         task=$1
@@ -145,28 +158,28 @@ case $stage in
         train() { # a run that is there stays, one that was cut off goes on
             out=$1
             shift
-            [ -f "$out/train_state.pt" ] && set -- --init_from=resume
+            [ -f "$out/train_state.pt" ] && set -- --init_from=resume || rm -rf "$out"
             $python train.py --out="$out" $common "$@"
         }
         train out/teacher-pre --arch=dec --preset=mini --data=pycode-full --tokenizer=out/pre-23 \
             --max_iters="${STEPS:-2000}" --eval_rows=512 --compile=true
         train "out/teacher-$task" --init_from=out/teacher-pre --data="$data" --objective=seq2seq \
-            $lengths --lr=4e-3 --embed_lr=1.6e-3 --max_iters=1200 --eval_rows=0 --compile=true
+            $lengths --lr=4e-3 --embed_lr=1.6e-3 --max_iters=1200 --eval_rows=0
         ;;
     ablation)
         data=$(data_of "$1")
         $python bench.py distill --data="$data" --teacher="out/teacher-$1" --preset=$preset \
             $common --archs=2/3 --seeds=1 --max_iters="${STEPS:-300}" --init_from="$pre{split}" \
-            --train="$lengths $(chosen "$1")" --results="out/paper-$1-ablation.jsonl"
+            --train="$words" --results="out/paper-$1-ablation.jsonl"
         ;;
     distil)
         compare "$1" --archs="${ARCHS:-dec,1/3,1/2,2/3}" --max_iters="${STEPS:-1000}" \
             --eval_split=test --init_from="$pre{split}" --teacher="out/teacher-$1" \
             --distill="${DISTIL:---alpha=0.5 --kl=forward --sequences=data}" \
-            --train="$lengths $(chosen "$1")"
+            --train="$words"
         ;;
     *)
-        sed -n '2,17p' "$0"
+        sed -n '2,16p' assets/paper.sh
         exit 2
         ;;
 esac

@@ -1,12 +1,14 @@
 """What others do with the same data and shapes: the rows of results.md that are not ours.
 
-    python assets/peers.py t5 --data=codexglue --lr=3e-3 --max_iters=3800    any key of train.py
+    python assets/peers.py t5 --data=codexglue --lr=3e-3 --max_iters=3800
     python assets/peers.py ctranslate2 --preset=330m                        pip install it first
 
 `t5` trains Hugging Face's T5 (v1.1) of our shape on our rows, steps and vocabulary, with AdamW at
 --lr, all parameters alike, and scores it as train.py scores ours: run it at several rates, the best
-is its figure. `ctranslate2` converts that T5, random weights, to int8, and times the first token
-and those after it as `python bench.py speed` does; quote ratios of one sitting.
+is its figure. It takes train.py's keys of data, sizes, steps, rate and seed.
+
+`ctranslate2` converts that T5, random weights, to int8, and times the first token and those after
+it as `python bench.py speed` does; quote ratios of one sitting.
 """
 
 import json
@@ -27,7 +29,7 @@ from bench import PeerT5, config_of
 from data.evaluate import task_metrics
 from data.sets import open_data
 from lib.device import start, to_device
-from lib.settings import progress, read_settings, script, setting
+from lib.settings import UserError, progress, read_settings, script, setting
 from model import PRESETS, make_config
 
 
@@ -37,6 +39,8 @@ class T5(PeerT5):
     def __init__(self, config):
         super().__init__(config)
         self.config = config
+        # What its decoder reads first, in training and after it.
+        self.t5.config.decoder_start_token_id = self.t5.config.pad_token_id = config.pad_id
 
     def forward(self, src, tgt, mask):
         labels = tgt.masked_fill(~mask, -100)
@@ -48,9 +52,9 @@ class T5(PeerT5):
     def generate(self, prompts, max_new_tokens):
         """Greedy, as Transformer.generate: the new ids of every step, None for ended rows."""
         pad, eos = self.config.pad_id, self.config.eos_id
-        src = torch.full((len(prompts), max(map(len, prompts))), pad)
+        src = torch.full((len(prompts), max(map(len, prompts))), pad, device=self.t5.device)
         for row, ids in zip(src, prompts):
-            row[: len(ids)] = torch.tensor(ids)
+            row[: len(ids)] = torch.tensor(ids, device=src.device)
         ends = dict(eos_token_id=eos, pad_token_id=eos, decoder_start_token_id=pad)
         more = dict(max_new_tokens=max_new_tokens, do_sample=False) | ends
         answers = self.t5.generate(src, attention_mask=src != pad, **more)[:, 1:]
@@ -61,13 +65,15 @@ class T5(PeerT5):
 
 def train_t5(words):
     cfg = train.resolve(read_settings(train.Settings, __doc__, words))
+    if not cfg.max_iters:
+        raise UserError("--max_iters is missing: how many steps")
     world = start(cfg)
     train_set, valid_set = open_data(cfg, world.say, cfg.batch_size)
     tokenizer = train_set.tokenizer
     ids = dict(pad_id=tokenizer.pad, bos_id=tokenizer.bos, eos_id=tokenizer.eos)
     ids |= dict(vocab_size=tokenizer.vocab_size, src_len=cfg.src_len, tgt_len=cfg.tgt_len)
     torch.manual_seed(cfg.seed)
-    model = T5(make_config(cfg.preset, cfg.arch, cfg.split, **ids))
+    model = T5(make_config(cfg.preset, cfg.arch, cfg.split, **ids)).to(world.device)
     optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, betas=(0.9, 0.95), fused=True)
     begin = time.perf_counter()
     for step in progress(range(cfg.max_iters), "T5"):

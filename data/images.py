@@ -14,8 +14,8 @@ picture, with a marker behind each row. Patches of padding are left out. With `t
     concat     all tiles; round(1 / keep) neighbours side by side become one token, in the thumbnail
                too (Leopard's, which section 4.2 names)
 
-How many there are follows from the sides of the picture alone, `n_tokens`. Therefore chosen tiles
-are whole: their padding is read, too.
+The number of tokens depends on the width and height of a picture alone (`n_tokens`). So a chosen
+tile is read whole, with its padding.
 
 The released code differs. Its grids are 1x1, 2x2, 2x3 and 3x2, small pictures have a tile beside
 their thumbnail, padding is half on either side, and the features of more than three tiles are
@@ -239,8 +239,8 @@ def token_order(at, cfg, scores=None):
 
 
 def token_orders(pictures, cfg, scores=None):
-    """token_order of each Picture; all of them as rows of one table, the tokens of the inputs that
-    are read, then the marker; and the numbers of these inputs among those of all pictures.
+    """Three things: token_order of each Picture; the same as rows of one table, which holds the
+    tokens of all inputs that the tower reads, then the marker; and which inputs these are.
     scores (inputs of all pictures,), of `learned`."""
     orders, rows, first, each = [], [], 0, cfg.side**2 // cfg.joined
     for picture in pictures:

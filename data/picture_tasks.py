@@ -146,7 +146,7 @@ class PicturePairs(Pairs):
             if self.tokenizer.image in ids[self.room :]:
                 raise UserError(
                     f"row {number}: --src_len has room for {self.room} tokens, fewer than its "
-                    "pictures have: raise it, lower --grid, or use --tokens=variance"
+                    "pictures and the text before them: raise it, or use --tokens=variance"
                 )
             if (more := len(ids) - self.room) > 0:  # moved to the end, where Pairs cuts
                 start = len(ids) - [*ids[::-1], self.tokenizer.image].index(self.tokenizer.image)

@@ -232,9 +232,10 @@ def narrow(embed, ids, x):
 
 
 def aligned_logits(weight, states):
-    """model.logits of a vocabulary that is no multiple of 64, which a GPU's tensor cores want. The
-    rows that are added give no logits: none of them can become a word."""
-    return F.linear(states, F.pad(weight, (0, 0, 0, -len(weight) % 64)))[..., : len(weight)]
+    """As model.logits. Tensor cores are fast when the vocabulary is a multiple of 64: in training
+    the matrix is padded with zeros, and their logits are cut off again."""
+    padded = F.pad(weight, (0, 0, 0, -len(weight) % 64)) if torch.is_grad_enabled() else weight
+    return F.linear(states, padded)[..., : len(weight)]
 
 
 CHUNK = 2**26  # logits that exist at a time: 256 MB in float32

@@ -69,10 +69,9 @@ def token_feeds(tokens, before, lengths, first):
     """What a graph is fed of tokens (B, T), `lengths` (B,) of them real, behind `before` (B,)
     others. first (B,): where each row's RoPE table begins."""
     places = before[:, None] + np.arange(tokens.shape[1])
+    last, total = (before + lengths - 1).astype(np.int32), np.array(places.max() + 1, np.int32)
     feeds = dict(tokens=tokens, positions=first[:, None] + places, cross_positions=places)
-    feeds["last"] = (before + lengths - 1).astype(np.int32)
-    feeds["total"] = np.array(places.max() + 1, np.int32)
-    return feeds
+    return feeds | dict(last=last, total=total)
 
 
 class Exported:
