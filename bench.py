@@ -444,8 +444,7 @@ def bench_quality(cfg):
 def score_run(cfg):
     """The row of a run. Of a task, row_scores is what each held-out row adds to the score."""
     about, begin = SimpleNamespace(**read_run(cfg.run)["settings"]), time.perf_counter()
-    kinds = dict(data=str, src_len=int, tgt_len=int, max_tokens=int | None)
-    for name, kind in kinds.items():
+    for name, kind in dict(data=str, src_len=int, tgt_len=int, max_tokens=int | None).items():
         if not isinstance(getattr(about, name, None), kind):
             raise UserError(f"{cfg.run}/run.json: {name} is of the wrong type")
     cfg.data, is_text = cfg.data or about.data, about.objective != "seq2seq"
@@ -510,19 +509,21 @@ def score_text(model, about, cfg, world):
     valid_set = TextSet(corpus, "val", about)
     found = text_metrics(model, valid_set, cfg.eval_rows, 32, world)
     found["perplexity"] = math.exp(min(700, found["val_loss"]))
-    found["continuation_loss"] = continuation_loss(model, valid_set, about, cfg, world)
+    n_tokens, after = len(valid_set.tokens), about.tgt_len - 1
+    before, n_rows = min(about.src_len - 2, n_tokens - after), cfg.eval_rows or 1024
+    starts, sizes = np.linspace(before, n_tokens - after, n_rows).astype(int), (before, after)
+    found["continuation_loss"] = continuation_loss(model, valid_set, about, starts, sizes, world)
     return found
 
 
 @torch.no_grad()
-def continuation_loss(model, valid_set, about, cfg, world):
+def continuation_loss(model, valid_set, about, starts, sizes, world):
     """Nats a token of held-out text, given the text before it: by this, runs of different
-    objectives can be compared. A span run fills a hole behind the text."""
-    tokenizer, n_tokens, after = valid_set.tokenizer, len(valid_set.tokens), about.tgt_len - 1
-    before, n_rows, total = min(about.src_len - 2, n_tokens - after), cfg.eval_rows or 1024, 0.0
-    starts = np.linspace(0, n_tokens - before - after, n_rows).astype(int)
-    for group in np.array_split(starts, math.ceil(n_rows / 32)):
-        ids = valid_set.tokens.windows(group, before + after)
+    objectives can be compared. A span run fills a hole behind the text. sizes: tokens before
+    each of the starts, and after it."""
+    tokenizer, total, (before, after) = valid_set.tokenizer, 0.0, sizes
+    for group in np.array_split(starts, math.ceil(len(starts) / 32)):
+        ids = valid_set.tokens.windows(group - before, before + after)
         sources, targets = ids[:, :before], ids[:, before:]
         if about.objective == "span":
             hole = np.full_like(ids[:, :1], tokenizer.sentinel(0))
@@ -534,7 +535,7 @@ def continuation_loss(model, valid_set, about, cfg, world):
         mask[:, :-after] = False
         with world.autocast():
             total += model(*to_device((src, tgt, mask), world.device)).item()
-    return total / (n_rows * after)
+    return total / (len(starts) * after)
 
 
 # ----------------------------------------------------------------------------------------------

@@ -285,7 +285,7 @@ class VisionLM(lm.Transformer):
         # Many rows are the marker. F.embedding adds up their gradients in a fixed order.
         return F.embedding(rows, table), orders
 
-    see = torch.no_grad()(tokens_of)
+    see = torch.no_grad()(tokens_of)  # for answers and evaluation
 
     def look_at(self, images):
         """The tokens (N, C) of the pictures of the next call, in the order of their placeholders;
@@ -450,10 +450,10 @@ def make_model(cfg, tokenizer, vision, tower_weights):
                 p.copy_(known[name])
     if tower_weights:
         model.tower.load_state_dict(tower_weights)
+    tower_learns = cfg.train_tower or not vision.from_file
     for name, p in model.named_parameters():
         new = name.startswith(("projector", "embed_marker", "gating")) or ".look" in name
-        tower = cfg.train_tower or not vision.from_file
-        p.requires_grad_(tower if name.startswith("tower") else new or cfg.stage != "align")
+        p.requires_grad_(tower_learns if name.startswith("tower") else new or cfg.stage != "align")
     return model
 
 

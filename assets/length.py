@@ -17,14 +17,12 @@ from types import SimpleNamespace
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import numpy as np
-import torch
 
 import model as lm
-from bench import table
+from bench import continuation_loss, table
 from data.corpus import prepare
-from data.objectives import make_batch
-from data.sets import TextSet, decoder_only
-from lib.device import start, to_device
+from data.sets import TextSet
+from lib.device import start
 from lib.runs import read_run
 from lib.settings import UserError, read_settings, script, setting
 
@@ -55,26 +53,6 @@ KINDS = dict(
 )
 
 
-@torch.no_grad()
-def last_loss(model, valid_set, about, starts, window, after, world):
-    """Nats a token of `after` tokens at `starts`, given the `window` tokens before them."""
-    tokenizer, total = valid_set.tokenizer, 0.0
-    for group in np.array_split(starts, -(-len(starts) // 16)):
-        ids = valid_set.tokens.windows(group - window, window + after)
-        sources, targets = ids[:, :window], ids[:, window:]
-        if about.objective == "span":  # the answer is a hole behind the text
-            hole = np.full_like(ids[:, :1], tokenizer.sentinel(0))
-            sources = np.concatenate((sources, hole, np.full_like(hole, tokenizer.eos)), 1)
-            targets = np.concatenate((hole, targets), 1)
-        if about.objective == "causal":
-            sources, targets = None, ids
-        src, tgt, mask = make_batch(sources, targets, tokenizer, decoder_only(about))
-        mask[:, :-after] = False
-        with world.autocast():
-            total += model(*to_device((src, tgt, mask), world.device)).item()
-    return total / (len(starts) * after)
-
-
 def main():
     cfg = read_settings(Settings, __doc__)
     world, rows = start(cfg), []
@@ -91,7 +69,7 @@ def main():
         for kind, (lm.stretch_of, lm.rope_tables) in KINDS.items():
             row = dict(run=os.path.basename(run), rope=kind)
             for n in windows:
-                loss = last_loss(model, valid_set, about, starts, n, after, world)
+                loss = continuation_loss(model, valid_set, about, starts, (n, after), world)
                 row[str(n)] = round(loss, 4)
             rows.append(row)
             print(json.dumps(row), file=sys.stderr)

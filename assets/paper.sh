@@ -3,10 +3,10 @@
 # LM and three encoder-decoders of 2.2 M parameters whose splits are exact thirds. Runs are by
 # steps, one thread each, so that a busy machine changes nothing. What is finished is not run again.
 #
-#     bash assets/paper.sh rates               each kind's own search of the pretraining rate
+#     bash assets/paper.sh rates dec 2/3       their own searches of the pretraining rate
 #     bash assets/paper.sh pretrain dec 2/3    these kinds
 #     bash assets/paper.sh search TASK         each kind's own search of the task's rate, on val
-#     bash assets/paper.sh compare TASK        after pretraining, at the rates of RATES_TASK
+#     bash assets/paper.sh compare TASK        after pretraining, at the rates that the search chose
 #     bash assets/paper.sh scratch TASK        without it
 #     bash assets/paper.sh teacher TASK        a decoder-only model of 6 M, pretrained, then tuned
 #     bash assets/paper.sh ablation TASK       ways to distil it into 2/3, on val: alpha, tau ...
@@ -24,8 +24,8 @@ stage=${1:-}
 shift || true
 mkdir -p out
 
-# The prefix LM learns from the same rows as the encoder-decoders, holes in its prompt. OBJECTIVE=ul2
-# gives these four another objective, and all runs another name.
+# The prefix LM learns from the same rows as the encoder-decoders, holes in its prompt.
+# OBJECTIVE=ul2 gives these four another objective, and all runs another name.
 pre="out/pre-${OBJECTIVE:+$OBJECTIVE-}"
 arch_of() {
     case $1 in

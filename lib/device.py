@@ -1,6 +1,6 @@
 """The machine: device, precision, processes, and what makes it fast. None of it is needed to
-understand a training step. World.place puts fast_attention, narrow and in_chunks around the model;
-each, and aligned_logits, computes what model.py says."""
+understand a training step. World.place puts fast_attention, narrow, in_chunks and
+aligned_logits around the model; each computes what model.py says."""
 
 import contextlib
 import ctypes

@@ -122,8 +122,8 @@ class Lines:
 def progress(rows=None, what=None, **more):
     """A tqdm bar that is redrawn at most twice a second. Where standard error is no terminal, it
     is a line every ten seconds."""
-    lines = dict(mininterval=10, delay=10, file=Lines())
-    return tqdm(rows, what, **dict(mininterval=0.5) if sys.stderr.isatty() else lines, **more)
+    bar, lines = dict(mininterval=0.5), dict(mininterval=10, delay=10, file=Lines())
+    return tqdm(rows, what, **(bar if sys.stderr.isatty() else lines), **more)
 
 
 def printable(text):
