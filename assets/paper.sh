@@ -2,6 +2,7 @@
 # The paper's comparison in small: equal pretraining, then tasks, for a decoder-only model, a prefix
 # LM and three encoder-decoders of 2.2 M parameters whose splits are exact thirds. Runs are by
 # steps, one thread each, so that a busy machine changes nothing. What is finished is not run again.
+# On a GPU, JOBS=6 makes six runs at a time of the first two stages.
 #
 #     bash assets/paper.sh rates dec 2/3       their own searches of the pretraining rate
 #     bash assets/paper.sh pretrain dec 2/3    these kinds
@@ -18,7 +19,9 @@ set -eu
 shopt -s inherit_errexit # a failure inside $(...) ends the script, too
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python}
-preset=thin
+preset=${PRESET:-thin}
+text=${TEXT:-pycode-full}
+jobs=${JOBS:-1} # runs at a time; a GPU takes several
 common="--threads=1"
 stage=${1:-}
 shift || true
@@ -44,9 +47,9 @@ pretrain() {
     extra="--init_from=resume"
     if [ ! -f "$out/train_state.pt" ]; then
         rm -rf "$out"
-        extra="$(arch_of "$kind") --preset=$preset --data=pycode-full --lr=$rate
+        extra="$(arch_of "$kind") --preset=$preset --data=$text --lr=$rate
             --embed_lr=$($python -c "print(round($rate * 0.4, 6))") --max_iters=$steps
-            --eval_rows=512 --compile=true"
+            --eval_rows=512 --compile=${COMPILE:-true} ${SHAPE:-}"
     fi
     $python train.py $extra $common --out="$out"
     touch "$out/done"
@@ -76,6 +79,14 @@ rate_of() {
 declare -A pretraining_rate=([dec]=2e-2 [prefix]=2e-2 [1/3]=2e-2 [1/2]=2e-2 [2/3]=2e-2)
 declare -A docstring_rate=([dec]=5e-3 [prefix]=5e-3 [2/3]=1e-2)
 declare -A codexglue_rate=([dec]=5e-3 [prefix]=5e-3 [2/3]=5e-3)
+
+in_turns() { # a command; in the background, where several may run at a time
+    if [ "$jobs" = 1 ]; then
+        "$@"
+    else
+        "$@" &
+    fi
+}
 
 chosen() { # TASK -> --train's words for all kinds
     declare -n rates="$1_rate"
@@ -126,16 +137,20 @@ case $stage:${1:-} in
 esac
 case $stage in
     rates)
-        for rate in 5e-3 1e-2 2e-2; do
+        for rate in ${GRID:-5e-3 1e-2 2e-2}; do
             for kind in "${@:-dec}"; do
-                pretrain "$kind" "$rate" 300 "${pre/pre/rate}${kind/\//}-$rate"
+                in_turns pretrain "$kind" "$rate" "${STEPS:-300}" \
+                    "${pre/pre/rate}${kind/\//}-$rate"
             done
         done
+        wait
         ;;
     pretrain)
         for kind in "$@"; do
-            pretrain "$kind" "${pretraining_rate[$kind]}" "${STEPS:-2000}" "$pre${kind/\//}"
+            in_turns pretrain "$kind" "${pretraining_rate[$kind]}" "${STEPS:-2000}" \
+                "$pre${kind/\//}"
         done
+        wait
         ;;
     search)
         for rate in 2e-3 5e-3 1e-2; do
@@ -161,7 +176,7 @@ case $stage in
             [ -f "$out/train_state.pt" ] && set -- --init_from=resume || rm -rf "$out"
             $python train.py --out="$out" $common "$@"
         }
-        train out/teacher-pre --arch=dec --preset=mini --data=pycode-full --tokenizer=out/pre-23 \
+        train out/teacher-pre --arch=dec --preset=mini --data="$text" --tokenizer=out/pre-23 \
             --max_iters="${STEPS:-2000}" --eval_rows=512 --compile=true
         train "out/teacher-$task" --init_from=out/teacher-pre --data="$data" --objective=seq2seq \
             $lengths --lr=4e-3 --embed_lr=1.6e-3 --max_iters=1200 --eval_rows=0
