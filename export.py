@@ -66,8 +66,7 @@ class Settings:
 
 def check(cfg):
     """UserError for keys that do not go together."""
-    foreign = cfg.run.startswith("hf:")
-    precisions = dict(onnx=PRECISIONS, run=("fp32",))
+    foreign, precisions = cfg.run.startswith("hf:"), dict(onnx=PRECISIONS, run=("fp32",))
     allowed = ("fp32", "int8") if cfg.static else precisions[cfg.format]
     for wrong, message in (
         (foreign != (cfg.format == "run"), "--format=run is for hf:..., and those for it alone"),
@@ -135,10 +134,9 @@ class Graph:
         """Adds a node. `outputs` is how many it has, or their names, "" for one that is not wanted.
         Returns them, a single one bare."""
         self.count += 1
-        number = self.count
+        name = f"{kind}_{self.count}"
         if isinstance(outputs, int):
-            outputs = [f"{kind}_{number}_{i}" for i in range(outputs)]
-        name = f"{kind}_{number}"
+            outputs = [f"{name}_{i}" for i in range(outputs)]
         node = helper.make_node(kind, inputs, outputs, name=name, domain=domain, **attributes)
         self.nodes.append(node)
         return outputs[0] if len(outputs) == 1 else outputs
@@ -175,9 +173,8 @@ class Graph:
         tensors = list(self.tensors.values())
         graph = helper.make_graph(self.nodes, name, self.inputs, self.outputs, tensors)
         opsets = [helper.make_opsetid("", 21), helper.make_opsetid(MS, 1)]
-        model = helper.make_model(
-            graph, producer_name="nanoEncDec", ir_version=10, opset_imports=opsets
-        )
+        how = dict(producer_name="nanoEncDec", ir_version=10, opset_imports=opsets)
+        model = helper.make_model(graph, **how)
         with open(os.path.join(folder, f"{name}.onnx"), "wb") as file:
             file.write(model.SerializeToString())
 
@@ -199,25 +196,28 @@ def mlp(g, x, module):
 
 def encoder_graph(g):
     """Gives memory_key_i and memory_value_i (B, H_kv, S, D), i over the decoder's layers."""
-    x = g.embedding(g.encoder_inputs())
+    x = embedded = g.embedding(g.encoder_inputs())
     for block in g.model.enc:
         x = g.op("Add", x, g.self_attention(g.norm(x, block.attn_norm), block.attn))
         x = g.op("Add", x, mlp(g, g.norm(x, block.mlp_norm), block.mlp))
     h = g.norm(x, g.model.enc_norm)
+    seen = g.op("Add", h, embedded) if g.cfg.embed_skip else h
     for i, block in enumerate(g.model.dec):
-        g.give_memory(h, block.cross, i)
+        g.give_memory(h, h if i else seen, block.cross, i)
     return g
 
 
 def decoder_graph(g):
     """Reads memory, and past_key_i and past_value_i (B, H_kv, slots, D) -> logits (N, V), and key_i
     and value_i, to be bound to the memory of past_key_i and past_value_i."""
-    x = g.embedding(g.decoder_inputs())
+    x = embedded = g.embedding(g.decoder_inputs())
     g.output("logits", g.kept, g.cfg.vocab_size)
     for i, block in enumerate(g.model.dec):
         x = g.op("Add", x, g.self_attention(g.norm(x, block.attn_norm), block.attn, i))
         if block.cross is not None:
-            x = g.op("Add", x, g.cross_attention(g.norm(x, block.cross_norm), block.cross, i))
+            h = g.norm(x, block.cross_norm)
+            h = g.op("Add", h, embedded) if block.cross.embed_skip else h
+            x = g.op("Add", x, g.cross_attention(h, block.cross, i))
         x = g.op("Add", x, mlp(g, g.norm(x, block.mlp_norm), block.mlp))
     g.output_layer(g.norm(x, g.model.dec_norm))
     return g
@@ -368,8 +368,8 @@ class Fused(Graph):
             return x
         return self.op("RotaryEmbedding", x, *rope, domain=MS, num_heads=n_head)
 
-    def keys_values(self, x, attn, rope):
-        k = self.heads(self.linear(x, attn.wk), attn.k_norm, attn.n_kv_head, rope)
+    def keys_values(self, x, attn, rope, seen=None):
+        k = self.heads(self.linear(seen or x, attn.wk), attn.k_norm, attn.n_kv_head, rope)
         return k, self.linear(x, attn.wv)
 
     def self_attention(self, x, attn, layer=None):
@@ -388,8 +388,8 @@ class Fused(Graph):
         self.op("GroupQueryAttention", *inputs, outputs=[y, *present], domain=MS, **how)
         return self.linear(y, attn.wo)
 
-    def give_memory(self, h, attn, layer):
-        for part, y in zip(("key", "value"), self.keys_values(h, attn, self.cross_rope)):
+    def give_memory(self, h, seen, attn, layer):
+        for part, y in zip(("key", "value"), self.keys_values(h, attn, self.cross_rope, seen)):
             y = self.op("Reshape", y, self.ints(0, -1, attn.n_kv_head, attn.head_dim))
             shape = "rows", attn.n_kv_head, "source", attn.head_dim
             name = self.output(f"memory_{part}_{layer}", *shape)
@@ -498,8 +498,8 @@ class Plain(Graph):
         right = self.op("Add", self.op("Mul", b, cos), self.op("Mul", a, sin))
         return self.op("Concat", left, right, axis=-1)
 
-    def keys_values(self, x, attn, rope):
-        k = self.heads(self.linear(x, attn.wk), attn.k_norm, attn.n_kv_head, rope)
+    def keys_values(self, x, attn, rope, seen=None):
+        k = self.heads(self.linear(seen or x, attn.wk), attn.k_norm, attn.n_kv_head, rope)
         return k, self.heads(self.linear(x, attn.wv), None, attn.n_kv_head, None)
 
     def attend(self, x, attn, memory, mask, rope):
@@ -529,9 +529,9 @@ class Plain(Graph):
             memory = caches
         return self.attend(x, attn, memory, self.mask, self.rope)
 
-    def give_memory(self, h, attn, layer):
+    def give_memory(self, h, seen, attn, layer):
         shape = attn.n_kv_head, self.S, attn.head_dim
-        for part, y in zip(("key", "value"), self.keys_values(h, attn, self.cross_rope)):
+        for part, y in zip(("key", "value"), self.keys_values(h, attn, self.cross_rope, seen)):
             name = self.output(f"memory_{part}_{layer}", *shape)
             self.op("Reshape", y, self.ints(*shape), outputs=[name])
 

@@ -7,8 +7,10 @@ Notable about this model:
   attention, SwiGLU, tied embeddings. QK-norm and biases of query, key and value are Config's own
   defaults; PLAIN, from 330m up, has neither.
 - Self-attention in both stacks is rotated by RoPE. Cross-attention has no positions unless
-  `cross_rope` gives it some. Past the trained length the base of RoPE is stretched (NTK-aware) by
-  a factor that each row gets once, from its own length.
+  `cross_rope` gives it some. With `embed_skip` queries and keys of the first decoder layer see
+  embeddings, too, so that equal tokens find each other.
+- Past the trained length the base of RoPE is stretched (NTK-aware) by a factor that each row gets
+  once, from its own length.
 - The state of generation is explicit: a `Cache`, made once for a request, filled by `decode`.
 
 This file needs torch and safetensors alone. Copied into an empty folder, it trains:
@@ -56,6 +58,7 @@ class Config:
     tied: bool = True  # the output layer is the embedding
     rope_theta: float = 10000.0
     cross_rope: bool = False  # RoPE in cross-attention, for answers that follow their source
+    embed_skip: bool = False  # cross-attention of the first decoder layer sees embeddings, too
     norm_eps: float = 1e-6
     pad_id: int = 0
     bos_id: int = 1  # what the decoder reads first; -1: nothing, the first token is never a target
@@ -143,8 +146,7 @@ def make_config(
     # Multiples of 8 are 16 bytes in bfloat16: what tensor cores ask for.
     config.n_hidden = 8 * (1 + round((count_params(rival) - narrow) / (wide - narrow)))
     if config.n_hidden < 8:
-        layers = f"{config.n_enc}+{config.n_dec} layers"
-        raise ModelError(f"--preset={preset}: {layers} leave no parameters for an MLP: use fewer")
+        raise ModelError(f"--preset={preset}: so many layers leave no parameters for an MLP")
     return config.check()
 
 
@@ -202,8 +204,9 @@ class Attention(nn.Module):
 
     kernel = staticmethod(scaled_dot_product)  # lib/device.py puts a faster one here on a CPU
 
-    def __init__(self, cfg):
+    def __init__(self, cfg, embed_skip=False):
         super().__init__()
+        self.embed_skip = embed_skip  # whether queries and keys see embeddings, too
         self.n_head, self.n_kv_head, self.head_dim = cfg.n_head, cfg.n_kv_head, cfg.head_dim
         heads, kv_heads = cfg.n_head * cfg.head_dim, cfg.n_kv_head * cfg.head_dim
         self.wq = nn.Linear(cfg.n_embd, heads, bias=cfg.bias != "none")
@@ -221,16 +224,19 @@ class Attention(nn.Module):
         return self.attend(x, keys, values, mask, causal, rope)
 
     def read(self, x, source, past=None):
-        """Cross-attention of x (B, T, C) to a source, which all layers share: the encoder's states
-        (B, S, C), None where `past` has their keys and values, which Cache.__init__ makes once; a
-        mask (B, 1, 1, S); RoPE of the keys; RoPE of the queries."""
-        states, mask, key_rope, query_rope = source
-        keys, values = past.memory if past else self.keys_values(states, key_rope)
-        return self.attend(x, keys, values, mask, rope=query_rope)
+        """Cross-attention of x (B, T, C) to a source, which all layers share: what `encode` gave,
+        None where `past` has its keys and values, which Cache.__init__ makes once; a mask
+        (B, 1, 1, S); RoPE of the keys and of the queries; the embeddings of x's tokens."""
+        states, mask, k_rope, q_rope, embedded = source
+        keys, values = past.memory if past else self.keys_values(states, k_rope)
+        return self.attend(x + embedded if self.embed_skip else x, keys, values, mask, rope=q_rope)
 
     def keys_values(self, x, rope=None):
-        """x (B, S, C) -> keys and values, (B, H_kv, S, D) each."""
-        k = self.k_norm(self.wk(x).unflatten(-1, (self.n_kv_head, self.head_dim))).transpose(1, 2)
+        """x (B, S, C), or (B, S, 2C), states beside embeddings -> keys and values, (B, H_kv, S, D)
+        each. Embeddings are added to what keys are made of, or left out."""
+        x, *more = x.split(self.wk.in_features, -1)
+        seen = sum(more, x) if self.embed_skip else x
+        k = self.k_norm(self.wk(seen).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
         v = self.wv(x).unflatten(-1, (self.n_kv_head, self.head_dim)).transpose(1, 2)
         return (k if rope is None else rotate(k, rope)), v
 
@@ -277,11 +283,11 @@ class EncoderBlock(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    def __init__(self, cfg, dropout=0.0):
+    def __init__(self, cfg, dropout=0.0, first=False):
         super().__init__()
         self.attn_norm, self.attn = RMSNorm(cfg.n_embd, cfg.norm_eps), Attention(cfg)
         self.cross_norm = RMSNorm(cfg.n_embd, cfg.norm_eps) if cfg.n_enc else None
-        self.cross = Attention(cfg) if cfg.n_enc else None
+        self.cross = Attention(cfg, first and cfg.embed_skip) if cfg.n_enc else None
         self.mlp_norm, self.mlp = RMSNorm(cfg.n_embd, cfg.norm_eps), MLP(cfg)
         self.drop = Dropout(dropout)
 
@@ -398,7 +404,7 @@ class Transformer(nn.Module):
         self.register_buffer("embed_scale", torch.tensor(1 / embed_std(cfg.n_embd)))
         self.enc = nn.ModuleList(EncoderBlock(cfg, dropout) for _ in range(cfg.n_enc))
         self.enc_norm = RMSNorm(cfg.n_embd, cfg.norm_eps) if cfg.n_enc else None
-        self.dec = nn.ModuleList(DecoderBlock(cfg, dropout) for _ in range(cfg.n_dec))
+        self.dec = nn.ModuleList(DecoderBlock(cfg, dropout, i == 0) for i in range(cfg.n_dec))
         self.dec_norm = RMSNorm(cfg.n_embd, cfg.norm_eps)
         self.head = None if cfg.tied else nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
         self.init_weights()
@@ -428,22 +434,25 @@ class Transformer(nn.Module):
 
     def encode(self, src, src_mask=None):
         """src (B, S) of ids, padded on the right; src_mask (B, S), True at real tokens, None where
-        nothing is padded -> states (B, S, C)."""
-        B, S = src.shape
-        lengths = src.new_full((B,), S) if src_mask is None else src_mask.sum(1)
-        stretch = stretch_of(lengths, S, self.config.src_len)
-        rope = rope_tables(torch.arange(S, device=src.device)[None], self.config, stretch)
-        mask, x = source_mask(src_mask), self.embedded(src)
+        nothing is padded -> states (B, S, C); with embed_skip states beside embeddings (B, S, 2C).
+
+        In span corruption, the decoder must find the sentinel that it has just read. The states of
+        two stacks soon differ, even where the token is the same; embeddings do not."""
+        lengths = (torch.ones_like(src) if src_mask is None else src_mask).sum(1)  # (B,)
+        stretch = stretch_of(lengths, src.size(1), self.config.src_len)
+        rope = rope_tables(torch.arange(src.size(1), device=src.device)[None], self.config, stretch)
+        mask, embedded = source_mask(src_mask), self.embedded(src)
+        x = embedded
         for block in self.enc:
             x = block(x, rope, mask)
-        return self.enc_norm(x)
+        x = self.enc_norm(x)
+        return torch.cat((x, embedded), -1) if self.config.embed_skip else x
 
     def cross_rope(self, positions):
         """RoPE of cross-attention at positions (B or 1, T); None without config.cross_rope. Never
         stretched: how far an answer strays from its place in the source does not grow with their
         lengths."""
-        cfg = self.config
-        return rope_tables(positions, cfg) if cfg.cross_rope and cfg.n_enc else None
+        return rope_tables(positions, self.config) if self.config.cross_rope else None
 
     def decode(self, tokens, encoded=None, src_mask=None, cache=None):
         """States (B, T, C) of the decoder after `tokens` (B, T), which are inputs, already shifted.
@@ -465,8 +474,8 @@ class Transformer(nn.Module):
             positions, stretch, layers = cache.positions(T), cache.stretch, cache.layers
             (mask, causal), src_mask = cache.mask(T), cache.src_mask
         rope, query_rope = rope_tables(positions, self.config, stretch), self.cross_rope(positions)
-        source = encoded, source_mask(src_mask), key_rope, query_rope
         x = self.embedded(tokens)
+        source = encoded, source_mask(src_mask), key_rope, query_rope, x
         for block, past in zip(self.dec, layers):
             x = block(x, rope, mask, causal, source, past)
         return self.dec_norm(x)
@@ -482,8 +491,8 @@ class Transformer(nn.Module):
         cfg, encoded, src_mask = self.config, None, src
         if cfg.n_enc:
             src_mask = src != cfg.pad_id
-            if src.is_cpu and src_mask.all():  # a GPU is not asked: one would wait for its answer
-                src_mask = None
+            # A GPU is not asked: one would wait for its answer.
+            src_mask = None if src.is_cpu and src_mask.all() else src_mask
             encoded = self.encode(src, src_mask)
         if cfg.bos_id < 0:  # nothing predicts the first token
             return F.pad(self.decode(tgt[:, :-1], encoded, src_mask), (0, 0, 1, 0))
@@ -502,10 +511,9 @@ class Transformer(nn.Module):
 
     def loss(self, states, tgt, loss_mask):
         """Summed cross-entropy of the targets that the states (B, T, C) predict."""
-        share = self.label_smoothing if self.training else 0.0
-        logits, labels = self.logits(states).float(), tgt.masked_fill(~loss_mask, -100)
-        logits, labels = logits.flatten(0, 1), labels.flatten()
-        return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=share)
+        logits, labels = self.logits(states.flatten(0, 1)), tgt.masked_fill(~loss_mask, -100)
+        how = dict(reduction="sum", label_smoothing=self.label_smoothing * self.training)
+        return F.cross_entropy(logits.float(), labels.flatten(), **how)
 
     # ------------------------------------------------------------------------------------------
     # Generation
@@ -609,9 +617,8 @@ def start_local(attn):
     """Makes self-attention prefer near tokens at first. Query and key get one constant on the fast
     third of RoPE's frequencies; the product of two constants, rotated, falls with their distance.
     Gradients alone take long to find that. Needs biases."""
-    if attn.wq.bias is not None:
-        for bias in (attn.wq.bias, attn.wk.bias):
-            bias.view(-1, attn.head_dim)[:, : attn.head_dim // 6] = 3.0
+    for bias in filter(torch.is_tensor, (attn.wq.bias, attn.wk.bias)):
+        bias.view(-1, attn.head_dim)[:, : attn.head_dim // 6] = 3.0
 
 
 def start_matching(cross):

@@ -241,9 +241,10 @@ def make_model(cfg, tokenizer):
     if cfg.init_from == "scratch":
         ids = dict(pad_id=tokenizer.pad, bos_id=tokenizer.bos, eos_id=tokenizer.eos)
         ids |= dict(vocab_size=tokenizer.vocab_size, cross_rope=cfg.cross_rope)
-        layers = cfg.split, cfg.n_enc, cfg.n_dec
-        config = make_config(cfg.preset, cfg.arch, *layers, cfg.src_len, cfg.tgt_len, **ids)
-        return Transformer(config, **drops)
+        # In text, what is wanted stands where the same token stands; in a task, at the same place.
+        ids["embed_skip"] = cfg.arch == "encdec" and cfg.objective != "seq2seq"
+        shape = cfg.preset, cfg.arch, cfg.split, cfg.n_enc, cfg.n_dec, cfg.src_len, cfg.tgt_len
+        return Transformer(make_config(*shape, **ids), **drops)
     model = Transformer.load(cfg.init_from, **drops)
     old = model.config  # a length that was trained once stays trained
     src_len, tgt_len = max(cfg.src_len, old.src_len), max(cfg.tgt_len, old.tgt_len)

@@ -203,8 +203,8 @@ class Looking:
     was. `sight` is their keys and values (B, H_kv, P, D), and a mask (B, P); None without
     pictures. A row without pictures is left as it is."""
 
-    def __init__(self, cfg):
-        super().__init__(cfg)
+    def __init__(self, cfg, *more):
+        super().__init__(cfg, *more)
         self.look_norm, self.look = lm.RMSNorm(cfg.n_embd, cfg.norm_eps), lm.Attention(cfg)
         self.look_mlp_norm, self.look_mlp = lm.RMSNorm(cfg.n_embd, cfg.norm_eps), lm.MLP(cfg)
         self.look_gates = nn.Parameter(torch.zeros(2))
@@ -244,7 +244,8 @@ class VisionLM(lm.Transformer):
         if vision.look == "encoder":
             self.enc = nn.ModuleList(LookingEncoderBlock(config) for _ in self.enc)
         if vision.look == "decoder":
-            self.dec = nn.ModuleList(LookingDecoderBlock(config) for _ in self.dec)
+            blocks = [LookingDecoderBlock(config, 0.0, i == 0) for i in range(config.n_dec)]
+            self.dec = nn.ModuleList(blocks)
         self.looking = [block for block in [*self.enc, *self.dec] if isinstance(block, Looking)]
         self.tower = Tower(vision)
         n_in, n_out, pixels = vision.n_embd * vision.joined, config.n_embd, vision.image_size**2
@@ -271,8 +272,7 @@ class VisionLM(lm.Transformer):
             pixels = grey(*to_device([inputs], device), cfg).flatten(1) / cfg.image_size
             gates = self.gating(pixels.to(self.embed_marker.dtype))  # (inputs, 1)
             drawn = self.training and torch.rand(()) < CHANCE
-            scores = torch.rand(len(inputs)) if drawn else gates.detach()[:, 0].float().cpu()
-            scores = scores.numpy()  # (inputs,)
+            scores = np.array(torch.rand(len(inputs)) if drawn else gates[:, 0].float().tolist())
         orders, rows, read = token_orders(pictures, cfg, scores)
         tiles, rows, read = to_device([inputs[read], rows, read], device)
         trained = torch.is_grad_enabled() and self.tower.embed_position.requires_grad

@@ -26,7 +26,7 @@ from model import Transformer
 
 SHAPE = dict(vocab_size=97, n_embd=32, n_head=4, n_kv_head=2, head_dim=16, n_hidden=48)
 CONFIGS = {
-    "small presets": dict(),
+    "small presets": dict(embed_skip=True),
     "Llama": dict(qk_norm=False, bias="none"),
     "the released model": dict(mlp="gelu", qk_norm=False, bias="all", tied=False),
     "cross RoPE, no groups": dict(cross_rope=True, n_kv_head=4),

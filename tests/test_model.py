@@ -101,17 +101,16 @@ print(loss.item())
 
 
 def test_cross_attention_equals_its_formula():
-    torch.manual_seed(0)
-    attention = M.Attention(Config(**TINY)).double()
-    x, states = torch.randn(2, 3, 32).double(), torch.randn(2, 5, 32).double()
+    attention = M.Attention(Config(**TINY), embed_skip=True).double()
+    x, states, skip, seen = (torch.randn(2, n, 32).double() for n in (3, 5, 3, 5))
     mask = (torch.arange(5) < torch.tensor([[5], [3]]))[:, None, None]  # (B, 1, 1, S)
     q = attention.q_norm(attention.wq(x).view(2, 3, 4, 16))
     k = attention.k_norm(attention.wk(states).view(2, 5, 2, 16)).repeat_interleave(2, dim=2)
-    v = attention.wv(states).view(2, 5, 2, 16).repeat_interleave(2, dim=2)  # (B, S, H, D)
-    scores = torch.einsum("bthd,bshd->bhts", q, k) / 16**0.5
-    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
-    wanted = attention.wo(torch.einsum("bhts,bshd->bthd", weights, v).flatten(2))
-    close(attention.read(x, (states, mask, None, None)), wanted, 1e-9)
+    v = attention.wv(states - seen).view(2, 5, 2, 16).repeat_interleave(2, dim=2)  # (B, S, H, D)
+    scores = torch.einsum("bthd,bshd->bhts", q, k).masked_fill(~mask, -torch.inf) / 16**0.5
+    wanted = attention.wo(torch.einsum("bhts,bshd->bthd", scores.softmax(-1), v).flatten(2))
+    source = torch.cat((states - seen, seen), -1), mask, None, None, skip
+    close(attention.read(x - skip, source), wanted, 1e-9)
 
 
 @pytest.mark.parametrize("n_kv_head", [1, 2, 4])
@@ -210,7 +209,7 @@ def test_ignored_targets_have_no_gradient_and_none_at_all_is_finite():
 @pytest.mark.parametrize("longest", [20, 60])  # within the trained length of 24, and past it
 @pytest.mark.parametrize("cross_rope", [False, True])
 def test_padding_changes_nothing(longest, cross_rope):
-    model = tiny("encdec", cross_rope=cross_rope)
+    model = tiny("encdec", cross_rope=cross_rope, embed_skip=cross_rope)
     lengths, tgt = [7, longest, 30 if longest > 24 else 3], ids(3, 9)
     rows = [ids(1, n, seed=n) for n in lengths]
     for width in (longest, longest + 13):
@@ -228,7 +227,8 @@ def test_padding_changes_nothing(longest, cross_rope):
 @pytest.mark.parametrize("T", [14, 40])  # trained length 16: below, and with NTK
 @pytest.mark.parametrize("chunks", [[1] * 100, [5, 1, 4, 100]])
 def test_cached_equals_full_recomputation_at_every_position(arch, cross, T, chunks):
-    model, tokens, src = tiny(arch, cross_rope=cross), ids(2, T), ids(2, 11, seed=1)
+    model, src = tiny(arch, cross_rope=cross, embed_skip=cross), ids(2, 11, seed=1)
+    tokens = ids(2, T)
     src_mask = torch.arange(11)[None] < torch.tensor([[11], [6]])
     with torch.no_grad():
         encoded = model.encode(src, src_mask) if arch == "encdec" else None
@@ -255,7 +255,7 @@ def test_a_row_generates_what_it_generates_alone(arch, options, new):
     model, prompts = tiny(arch), [ids(n, seed=n).tolist() for n in (5, 12, 2)]
     together = list(model.generate(prompts, new, seed=3, **options))
     for b, prompt in enumerate(prompts):
-        alone = list(model.generate([prompt], new, seed=3 + b, **options))
+        alone = model.generate([prompt], new, seed=3 + b, **options)
         assert collect(together, b) == collect(alone)
 
 
