@@ -27,8 +27,8 @@ compare --data=charts --archs=dec,2/3 --seeds=1 --max_minutes=12 --init_from='ou
 
 # The paper's table 3, on charts cut into four tiles and a thumbnail. All start from the same run,
 # which has read charts with every tile.
-read_tables out/tables-tiles --split=2/3 --image_size=80 --grid=2 --threads=1 "$@"
-tiles='--stage=ocr --batch_size=4 --lr=4e-3 --eval_rows=100 --compile=true'
+read_tables out/tables-tiles --split=2/3 --image_size=80 --grid=2 --max_iters=800 --threads=1 "$@"
+tiles='--stage=ocr --batch_size=4 --lr=4e-3 --eval_interval=100000 --eval_rows=100 --compile=true'
 for way in '' ' --look=encoder' ' --look=decoder' ' --tokens=variance' ' --tokens=learned' \
     ' --tokens=concat --keep=0.5'; do
     compare --data=tables --archs=2/3 --seeds=3 --max_iters=400 --init_from=out/tables-tiles \
