@@ -233,9 +233,9 @@ class Attention(nn.Module):
 
     def keys_values(self, x, rope=None):
         """x (B, S, C), or (B, S, 2C), states beside embeddings -> keys and values, (B, H_kv, S, D)
-        each. Embeddings are added to what keys are made of, or left out."""
+        each. With embed_skip keys are made of the sum of both; else embeddings are left out."""
         x, *more = x.split(self.wk.in_features, -1)
-        seen = sum(more, x) if self.embed_skip else x
+        seen = x + more[0] if self.embed_skip else x
         k = self.k_norm(self.wk(seen).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
         v = self.wv(x).unflatten(-1, (self.n_kv_head, self.head_dim)).transpose(1, 2)
         return (k if rope is None else rotate(k, rope)), v

@@ -241,7 +241,7 @@ def make_model(cfg, tokenizer):
     if cfg.init_from == "scratch":
         ids = dict(pad_id=tokenizer.pad, bos_id=tokenizer.bos, eos_id=tokenizer.eos)
         ids |= dict(vocab_size=tokenizer.vocab_size, cross_rope=cfg.cross_rope)
-        # In text, what is wanted stands where the same token stands; in a task, at the same place.
+        # Text finds its place in the source by equal tokens; a task by position, with cross_rope.
         ids["embed_skip"] = cfg.arch == "encdec" and cfg.objective != "seq2seq"
         shape = cfg.preset, cfg.arch, cfg.split, cfg.n_enc, cfg.n_dec, cfg.src_len, cfg.tgt_len
         return Transformer(make_config(*shape, **ids), **drops)
