@@ -2,7 +2,7 @@
 # The paper's comparison in small: equal pretraining, then tasks, for a decoder-only model, a prefix
 # LM and three encoder-decoders of 2.2 M parameters whose splits are exact thirds. Runs are by
 # steps, one thread each, so that a busy machine changes nothing. What is finished is not run again.
-# On a GPU, JOBS=6 makes six runs at a time of the first two stages.
+# JOBS=all starts all runs of the first two stages at once, for a GPU.
 #
 #     bash assets/paper.sh rates dec 2/3       their own searches of the pretraining rate
 #     bash assets/paper.sh pretrain dec 2/3    these kinds
@@ -21,7 +21,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python}
 preset=${PRESET:-thin}
 text=${TEXT:-pycode-full}
-jobs=${JOBS:-1} # runs at a time; a GPU takes several
+jobs=${JOBS:-1} # 1, or all: every run of a stage at once
 common="--threads=1"
 stage=${1:-}
 shift || true
@@ -80,12 +80,17 @@ declare -A pretraining_rate=([dec]=2e-2 [prefix]=2e-2 [1/3]=2e-2 [1/2]=2e-2 [2/3
 declare -A docstring_rate=([dec]=5e-3 [prefix]=5e-3 [2/3]=1e-2)
 declare -A codexglue_rate=([dec]=5e-3 [prefix]=5e-3 [2/3]=5e-3)
 
-in_turns() { # a command; in the background, where several may run at a time
+launch() { # a command; in the background, where all may run at once
     if [ "$jobs" = 1 ]; then
         "$@"
     else
         "$@" &
     fi
+}
+finish() { # waits for all; one that failed ends the script
+    for pid in $(jobs -p); do
+        wait "$pid"
+    done
 }
 
 chosen() { # TASK -> --train's words for all kinds
@@ -139,18 +144,18 @@ case $stage in
     rates)
         for rate in ${GRID:-5e-3 1e-2 2e-2}; do
             for kind in "${@:-dec}"; do
-                in_turns pretrain "$kind" "$rate" "${STEPS:-300}" \
+                launch pretrain "$kind" "$rate" "${STEPS:-300}" \
                     "${pre/pre/rate}${kind/\//}-$rate"
             done
         done
-        wait
+        finish
         ;;
     pretrain)
         for kind in "$@"; do
-            in_turns pretrain "$kind" "${pretraining_rate[$kind]}" "${STEPS:-2000}" \
+            launch pretrain "$kind" "${pretraining_rate[$kind]}" "${STEPS:-2000}" \
                 "$pre${kind/\//}"
         done
-        wait
+        finish
         ;;
     search)
         for rate in 2e-3 5e-3 1e-2; do
