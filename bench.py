@@ -160,7 +160,7 @@ def make_engine(engine, config, cfg, world):
     if engine == "nocache":
         return lambda prompts, new: generate_without_cache(model, prompts, new), params
     if engine == "compiled":
-        for block in model.enc:
+        for block in (*model.enc, *model.dec):  # prompts are read by both
             block.compile()
         StaticSteps(model, mode="reduce-overhead")
         return model.generate, params  # torch.compile packs matrices itself

@@ -22,8 +22,8 @@ both: that is the alignment.
 Each is a mean over the targets of the whole step. D is KL(student || teacher), reverse, or
 KL(teacher || student), forward, of distributions that the temperature tau softens.
 
-`diff train.py distill.py` shows what distillation adds. --finetune_teacher trains a LoRA adapter of
-an hf: teacher on the task and does nothing else; its folder is a teacher: --teacher=hf:out/tuned.
+`diff train.py distill.py` shows, from `def main` on, what distillation adds. --finetune_teacher
+trains a LoRA adapter of an hf: teacher and nothing else; its folder is a teacher, too.
 """
 
 import hashlib
@@ -93,7 +93,7 @@ class Settings:
     compile: str = setting("auto", "torch.compile", ("auto", "true", "false"))
     threads: int = setting(0, "CPU threads; 0 is torch's choice", high=4096)
     deterministic: bool = setting(False, "CUDA: the same bits again, but slower; a CPU gives them")
-    # No keys: of a text alone, told by --split, or the teacher's.
+    # Not keys: told by the preset, --split or the teacher.
     checkpoint_blocks, vocab_size, n_enc, n_dec, tokenizer = None, None, None, None, "bpe"
 
 
@@ -133,30 +133,31 @@ def states_at(model, sources, *targets):
     return [model.decode(shift_right(tgt, bos), encoded, src_mask) for tgt in targets]
 
 
-def both_losses(model, references, answered, heard, cfg):
+def both_losses(model, references, answered, teacher_logits, cfg):
     """Sums of cross-entropy on the references and of the divergence on the answers. Both are
-    batches (src, tgt, loss_mask) of the same sources. heard (N, n_ids): the teacher's logits at the
-    N targets of the answers; None: there is no divergence."""
+    batches (src, tgt, loss_mask) of the same sources. teacher_logits (N, n_ids) of the answers' N
+    targets; None: there is no divergence."""
 
     def cross_entropy(states, targets):
         logits, share = model.logits(states).float(), model.label_smoothing
         return F.cross_entropy(logits, targets, reduction="sum", label_smoothing=share)
 
-    def softened(states, heard):  # over the ids that both models have
-        student = (model.logits(states)[:, : heard.size(1)].float() / cfg.tau).log_softmax(-1)
-        return divergence(student, (heard.float() / cfg.tau).log_softmax(-1), cfg.kl).sum()
+    def softened(states, teacher_logits):  # over the ids that both models have
+        student_logits = model.logits(states)[:, : teacher_logits.size(1)]
+        both = (x.float() / cfg.tau for x in (student_logits, teacher_logits))
+        return divergence(*(x.log_softmax(-1) for x in both), cfg.kl).sum()
 
     # A mask as an index would make a GPU wait: it does not know how many rows come out.
     batches = [(src, tgt, mask.ravel().nonzero()[0]) for src, tgt, mask in (references, answered)]
     batches = (to_device(batch, model.embed.weight.device) for batch in batches)
     (src, tgt, at), (prompt, said, said_at) = batches
     # Where the answers are the references, one reading of the student serves both losses.
-    same, n_words = heard is None or cfg.sequences == "data", 2 * model.config.vocab_size
+    same, n_words = teacher_logits is None or cfg.sequences == "data", 2 * model.config.vocab_size
     states = states_at(model, (src, prompt), *([tgt] if same else [tgt, said]))
     ce = in_chunks(cross_entropy, n_words, states[0].flatten(0, 1)[at], tgt.flatten()[at])
-    if heard is None:
+    if teacher_logits is None:
         return ce, torch.zeros_like(ce)
-    return ce, in_chunks(softened, n_words, states[-1].flatten(0, 1)[said_at], heard)
+    return ce, in_chunks(softened, n_words, states[-1].flatten(0, 1)[said_at], teacher_logits)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -350,8 +351,8 @@ def finetune(cfg, world, teacher, train_set, valid_set):
         torch.manual_seed((cfg.seed * 1_000_003 + step) * world.size + world.rank)
         loss_sum, targets = 0.0, 0
         for micro in range(cfg.grad_accum):
-            rows, _ = train_set.share(step, world.rows(micro, cfg.batch_size))
-            loss, n = answers_loss(teacher, *train_rows, rows, world)
+            rows, real = train_set.share(step, world.rows(micro, cfg.batch_size))
+            loss, n = answers_loss(teacher, *train_rows, rows[: max(1, real)], world)
             loss.backward()
             loss_sum, targets = loss_sum + loss.item(), targets + n
         loss_sum, targets = world.sum(loss_sum, targets)
@@ -393,8 +394,8 @@ def main():
     cfg.tokenizer = f"{folders.get(cfg.init_from, cfg.init_from)}/"
     train_set, valid_set = open_data(cfg, world.say, rows_a_step)
     pairs = train_set.pairs
-    mine, theirs = train_set.tokenizer, teacher.tokenizer
-    if (mine.ranks, mine.eos) != (theirs.ranks, theirs.eos):
+    own, theirs = train_set.tokenizer, teacher.tokenizer
+    if (own.ranks, own.eos) != (theirs.ranks, theirs.eos):
         message = f"--teacher={cfg.teacher} has another vocabulary than the student: train it with"
         raise UserError(f"{message} --tokenizer={teacher.folder}")
     if cfg.finetune_teacher:
@@ -426,7 +427,7 @@ def main():
     bar = world.progress(total=cfg.max_iters, initial=step, unit="step")
     while True:
         # Evaluation and checkpoint.
-        last = step == cfg.max_iters
+        last = step >= (cfg.max_iters or math.inf)
         stopping = world.sum(len(stop))[0] > 0
         interval = cfg.eval_interval or math.ceil((cfg.max_iters or 1e9) / 8)
         if (last or step % interval == 0) and not stopping and state["last"] != step:
@@ -454,11 +455,11 @@ def main():
         if cfg.sequences == "student" and cfg.alpha > 0:
             every = [row for rows, _ in shares for row in rows]
             answers = student_answers(model, train_set, every, step, teacher.n_ids, cfg.seed)
-        mine = [row for rows, real in shares for row in rows[:real]]
-        n, m = (sum(len(texts[row]) for row in mine) for texts in (pairs.targets, answers))
+        counted = [row for rows, real in shares for row in rows[:real]]
+        n, m = (sum(len(texts[row]) for row in counted) for texts in (pairs.targets, answers))
         n, m = map(float, world.sum(n, m))  # targets of the whole step
 
-        # One step: the loss is the sum over all micro-batches and processes, over all targets.
+        # One step: losses are summed over micro-batches and processes, then divided by targets.
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * share
@@ -467,13 +468,14 @@ def main():
         loss_sum, kd_sum, tokens = 0.0, 0.0, 0
         for numbers, (rows, real) in zip(micros, shares):
             batch = train_set.batch(step, numbers)
-            said, heard = [answers[row] for row in rows], None
+            said, teacher_logits = [answers[row] for row in rows], None
             answered = pairs.batch(rows, targets=said)
             answered[2][real:] = False
             if cfg.alpha > 0:  # the teacher reads; its logits of rows that do not count are dropped
-                heard = teacher.read([prompts[r] for r in rows], said)[: sum(map(len, said[:real]))]
+                teacher_logits = teacher.read([prompts[r] for r in rows], said)
+                teacher_logits = teacher_logits[: sum(map(len, said[:real]))]
             with world.autocast():
-                ce, kd = both_losses(model, batch, answered, heard, cfg)
+                ce, kd = both_losses(model, batch, answered, teacher_logits, cfg)
                 loss = (1 - cfg.alpha) * ce / n + cfg.alpha * cfg.tau**2 * kd / m
             (loss * n * world.scale).backward()  # as large as a sum, for float16
             loss_sum, kd_sum = loss_sum + loss.detach(), kd_sum + kd.detach() / m
@@ -491,10 +493,8 @@ def main():
 
         # What it took.
         seconds.append(time.perf_counter() - begin)
-        log.add(
-            dict(step=step, time_s=state["time_s"], tokens=state["tokens"], lr=cfg.lr * share)
-            | dict(loss=loss, kd=kd)
-        )
+        row = dict(step=step, time_s=state["time_s"], tokens=state["tokens"], lr=cfg.lr * share)
+        log.add(row | dict(loss=loss, kd=kd))
         step += 1
         state["time_s"] += seconds[-1]
         state["tokens"] += int(tokens)

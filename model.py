@@ -9,8 +9,8 @@ Notable about this model:
 - Self-attention in both stacks is rotated by RoPE. Cross-attention has no positions unless
   `cross_rope` gives it some. With `embed_skip` queries and keys of the first decoder layer see
   embeddings, too, so that equal tokens find each other.
-- Past the trained length the base of RoPE is stretched (NTK-aware) by a factor that each row gets
-  once, from its own length.
+- Past the trained length the base of RoPE is stretched (NTK-aware) by a factor fixed once
+  for a row, from the length that it has or may reach.
 - The state of generation is explicit: a `Cache`, made once for a request, filled by `decode`.
 
 This file needs torch and safetensors alone. Copied into an empty folder, it trains:
@@ -80,9 +80,9 @@ class Config:
             (self.head_dim % 2 or self.head_dim < 4, "head_dim must be even and at least 4"),
             (self.mlp not in ("swiglu", "gelu"), f"mlp={self.mlp} is neither swiglu nor gelu"),
             (self.bias not in ("none", "qkv", "all"), f"bias={self.bias} is none, qkv or all"),
-            (self.n_enc and not self.src_len, "an encoder has a src_len"),
-            (self.bos_id < 0 and self.n_enc, "an encoder-decoder needs a bos_id"),
-            (max(self.pad_id, self.bos_id, self.eos_id) >= self.vocab_size, "an id is no word"),
+            (self.n_enc and not self.src_len, "an encoder needs a src_len"),
+            (self.bos_id < 0 and self.src_len, "a source needs a bos_id"),
+            (max(self.pad_id, self.bos_id, self.eos_id) >= self.vocab_size, "an id >= vocab_size"),
         ):
             if wrong:
                 raise ModelError(f"config: {what}")
@@ -224,9 +224,9 @@ class Attention(nn.Module):
         return self.attend(x, keys, values, mask, causal, rope)
 
     def read(self, x, source, past=None):
-        """Cross-attention of x (B, T, C) to a source, which all layers share: what `encode` gave,
-        None where `past` has its keys and values, which Cache.__init__ makes once; a mask
-        (B, 1, 1, S); RoPE of the keys and of the queries; the embeddings of x's tokens."""
+        """Cross-attention of x (B, T, C). source, the same for all layers: what `encode` gave, or
+        None if `past` holds its keys and values; mask (B, 1, 1, S); RoPE of keys; RoPE of queries;
+        embeddings (B, T, C) of x's tokens."""
         states, mask, k_rope, q_rope, embedded = source
         keys, values = past.memory if past else self.keys_values(states, k_rope)
         return self.attend(x + embedded if self.embed_skip else x, keys, values, mask, rope=q_rope)
@@ -457,9 +457,9 @@ class Transformer(nn.Module):
     def decode(self, tokens, encoded=None, src_mask=None, cache=None):
         """States (B, T, C) of the decoder after `tokens` (B, T), which are inputs, already shifted.
 
-        Without a cache, `tokens` are the whole sequence and `encoded` (B, S, C) the encoder's
-        states; in a prefix LM src_mask (B, T) is True at the prompt. With one, they follow what the
-        cache holds, any number at a time, and the source is already inside."""
+        Without a cache, `tokens` are the whole sequence and `encoded` is what `encode` gave; in a
+        prefix LM src_mask (B, T) is True at the prompt. With one, they follow what the cache holds,
+        any number at a time, and the source is already inside."""
         T, device = tokens.size(1), tokens.device
         positions, key_rope = torch.arange(T, device=device)[None], None
         if cache is None:
@@ -491,7 +491,7 @@ class Transformer(nn.Module):
         cfg, encoded, src_mask = self.config, None, src
         if cfg.n_enc:
             src_mask = src != cfg.pad_id
-            # A GPU is not asked: one would wait for its answer.
+            # Not on a GPU: reading all() would make the CPU wait.
             src_mask = None if src.is_cpu and src_mask.all() else src_mask
             encoded = self.encode(src, src_mask)
         if cfg.bos_id < 0:  # nothing predicts the first token

@@ -40,7 +40,7 @@ class Settings:
     top_k: int = setting(0, "draw from the k likeliest tokens; 0 is all")
     top_p: float = setting(1.0, "draw from the fewest that hold this probability", low=1e-6, high=1)
     beams: int = setting(1, "beam search with so many beams, instead of drawing", low=1, high=256)
-    num_samples: int = setting(1, "answers; the first streams", low=1, high=1024)
+    num_samples: int = setting(1, "answers; one alone streams", low=1, high=1024)
     show_attention: str = setting(None, "where it looked: FILE.html, a page, or FILE.png")
     race: str = setting(None, "a second run, which answers beside the first")
     show_tokens: str = setting(None, "draw which patches of the first picture were read: FILE.png")
@@ -57,8 +57,10 @@ def check(cfg):
         raise UserError("--beams searches and --temperature draws: use one of them")
     if cfg.show_attention and not cfg.show_attention.endswith((".html", ".png")):
         raise UserError(f"--show_attention={cfg.show_attention} must end in .html or .png")
-    if (cfg.race or cfg.show_attention) and cfg.num_samples > 1 or (cfg.race and cfg.beams > 1):
-        raise UserError("--race and --show_attention take one answer, --race no beams either")
+    if cfg.race and (cfg.beams > 1 or cfg.show_attention):
+        raise UserError("--race takes neither --beams nor --show_attention")
+    if cfg.num_samples > 1 and (cfg.race or cfg.show_attention):
+        raise UserError("--race and --show_attention take one answer: leave --num_samples out")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -81,10 +83,8 @@ def text_of(talk, answer, done=True):
 
 def show(text, shown):
     """Prints what a text has more than what was `shown`; all of it where that has changed."""
-    if not text.startswith(shown):
-        print()
-        shown = ""
-    print(text[len(shown) :], end="", flush=True)
+    new = text[len(shown) :] if text.startswith(shown) else "\n" + text
+    print(new, end="", flush=True)
     return text
 
 

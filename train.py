@@ -215,10 +215,10 @@ def make_optimizers(model, cfg, world):
 def lr_share(step, cfg):
     """Share of the peak learning rate at a step: linear warm-up over at most a tenth of the steps,
     then cosine or linear decay to zero. Before max_iters is known, there is no decay."""
-    end = cfg.max_iters or math.inf
+    end = cfg.max_iters or 10**18
     warmup = min(cfg.warmup_iters, max(1, end // 10))
-    if step < warmup or math.isinf(end):
-        return min(1.0, (step + 1) / max(1, warmup))
+    if step < warmup:
+        return (step + 1) / warmup
     done = (step - warmup) / max(1, end - warmup)
     return 1 - done if cfg.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
 
@@ -303,7 +303,7 @@ def main():
     bar = world.progress(total=cfg.max_iters, initial=step, unit="step")
     while True:
         # Evaluation and checkpoint.
-        last = step == cfg.max_iters
+        last = step >= (cfg.max_iters or math.inf)
         stopping = world.sum(len(stop))[0] > 0
         interval = cfg.eval_interval or math.ceil((cfg.max_iters or 1e9) / 8)
         if (last or step % interval == 0) and not stopping and state["last"] != step:
@@ -324,7 +324,7 @@ def main():
         if last or stopping:
             break
 
-        # One step: the loss is the sum over all micro-batches and processes, over all targets.
+        # One step: losses are summed over micro-batches and processes, then divided by targets.
         begin, share = time.perf_counter(), lr_share(step, cfg)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
@@ -356,10 +356,8 @@ def main():
 
         # What it took.
         seconds.append(time.perf_counter() - begin)
-        log.add(
-            dict(step=step, time_s=state["time_s"], tokens=state["tokens"], lr=cfg.lr * share)
-            | dict(loss=loss)
-        )
+        row = dict(step=step, time_s=state["time_s"], tokens=state["tokens"], lr=cfg.lr * share)
+        log.add(row | dict(loss=loss))
         step += 1
         state["time_s"] += seconds[-1]
         state["tokens"] += int(tokens)

@@ -11,7 +11,7 @@ where its <image> stands: in the encoder's source or, without an encoder, in the
 a gated cross-attention to them in front of each layer of a stack (table 3).
 
 It reads top to bottom: settings, the tower, the layers that look, the model, towers of others, and
-main, whose loop is train.py's with pictures: `diff train.py vision.py`. More ways to call it:
+main, whose loop is train.py's with pictures. More ways to call it:
 
     python vision.py --arch=dec                    no encoder between the pictures and the answer
     python vision.py --data=docs --image_size=48 --patch=8 --grid=6      lines of text, in tiles
@@ -519,7 +519,7 @@ def main():
     bar = world.progress(total=cfg.max_iters, initial=step, unit="step")
     while True:
         # Evaluation and checkpoint.
-        last = step == cfg.max_iters
+        last = step >= (cfg.max_iters or math.inf)
         stopping = world.sum(len(stop))[0] > 0
         interval = cfg.eval_interval or math.ceil((cfg.max_iters or 1e9) / 8)
         if (last or step % interval == 0) and not stopping and state["last"] != step:
@@ -540,12 +540,12 @@ def main():
         if last or stopping:
             break
 
-        # One step: the loss is the sum over all micro-batches and processes, over all targets.
+        # One step: losses are summed over micro-batches and processes, then divided by targets.
         begin, share = time.perf_counter(), lr_share(step, cfg)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * share
-        # Dropout's draws, too, are a function of seed and step.
+        # Draws of tiles, too, are a function of seed and step.
         torch.manual_seed((cfg.seed * 1_000_003 + step) * world.size + world.rank)
         loss_sum, targets, tokens = 0.0, 0, 0
         for micro in range(cfg.grad_accum):
@@ -575,10 +575,8 @@ def main():
 
         # What it took.
         seconds.append(time.perf_counter() - begin)
-        log.add(
-            dict(step=step, time_s=state["time_s"], tokens=state["tokens"], lr=cfg.lr * share)
-            | dict(loss=loss)
-        )
+        row = dict(step=step, time_s=state["time_s"], tokens=state["tokens"], lr=cfg.lr * share)
+        log.add(row | dict(loss=loss))
         step += 1
         state["time_s"] += seconds[-1]
         state["tokens"] += int(tokens)

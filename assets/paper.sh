@@ -130,6 +130,7 @@ compare() { # TASK, more keys
 }
 
 # Scored once, at the end.
+runs="--seeds=${SEEDS:-3} --max_iters=${STEPS:-1000}"
 lengths="--src_len=512 --tgt_len=256 --eval_interval=100000 --compile=true"
 case $stage:${1:-} in
     compare:docstring | scratch:docstring | ablation:docstring | distil:docstring | \
@@ -165,11 +166,11 @@ case $stage in
         done
         ;;
     compare)
-        compare "$1" --archs="${ARCHS:-dec,prefix,1/3,1/2,2/3}" --max_iters="${STEPS:-1000}" \
+        compare "$1" --archs="${ARCHS:-dec,prefix,1/3,1/2,2/3}" $runs \
             --eval_split=test --init_from="$pre{split}" --train="$words"
         ;;
     scratch)
-        compare "$1" --archs="${ARCHS:-dec,prefix,1/3,1/2,2/3}" --max_iters="${STEPS:-1000}" \
+        compare "$1" --archs="${ARCHS:-dec,prefix,1/3,1/2,2/3}" $runs \
             --eval_split=test --train="$words --tokenizer=out/pre-23"
         ;;
     teacher)
@@ -193,7 +194,7 @@ case $stage in
             --train="$words" --results="out/paper-$1-ablation.jsonl"
         ;;
     distil)
-        compare "$1" --archs="${ARCHS:-dec,1/3,1/2,2/3}" --max_iters="${STEPS:-1000}" \
+        compare "$1" --archs="${ARCHS:-dec,1/3,1/2,2/3}" $runs \
             --eval_split=test --init_from="$pre{split}" --teacher="out/teacher-$1" \
             --distill="${DISTIL:---alpha=0.5 --kl=forward --sequences=data}" \
             --train="$words"

@@ -2,7 +2,7 @@
 
 To add one, write a class like those below and put it into OBJECTIVES. It has
     help             what it asks of the model, in one line
-    window           tokens of text that a row needs, set when it is made
+    window, n_random tokens and random numbers that a row needs, set by __init__
     rows(ids, u)     sources and targets of ids (B, window), by chance u (B, n_random) in [0, 1)
     prompt(...)      how sample.py asks a model that was trained with it
 A target that should end must end with tokenizer.eos. sample.py shows an answer behind its prompt,
@@ -237,7 +237,7 @@ def make_batch(sources, targets, tokenizer, decoder_only, widths=None):
         width = max(src_width + tgt_width, *map(len, rows))
         ids, real = pad_rows(rows, width, tokenizer.pad)
         starts = np.array([len(src) + 1 for src in sources])[:, None]
-        # An input stands one place behind the token that it is.
+        # Inputs are shifted right: bos, source and separator are the prompt.
         prompt = np.arange(width)[None] <= starts if decoder_only == "prefix" else None
         return prompt, ids, real & (np.arange(width)[None] >= starts)
     src, _ = pad_rows(sources, max(src_width, *map(len, sources)), tokenizer.pad)

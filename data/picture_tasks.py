@@ -39,8 +39,8 @@ def of_pair(record):
 
 def of_conversation(record):
     """LLaVA's and UReader's: every answer is a target, what was said before it its source."""
-    said, rows, images = "", [], record.get("image")
-    images = images if isinstance(images, list) else [images] if images is not None else []
+    said, rows, images = "", [], record.get("image") or []
+    images = images if isinstance(images, list) else [images]
     for turn in record["conversations"]:
         text = turn["value"].strip()
         if turn["from"] in ("gpt", "assistant"):

@@ -2,8 +2,8 @@
 
     open_data(cfg, say) -> (train_set, valid_set)
 
-Either set has `tokenizer`, `name`, `hash`, `describe()`, `lengths` (positions of an average row:
-source, target) and `batch(step, rows)`, where `rows` are numbers in the global batch of a step.
+Either set has `tokenizer`, `name`, `hash`, `metric`, `varied`, `samples()` and `batch(step, rows)`,
+where `rows` are numbers in the global batch of a step.
 """
 
 import functools
@@ -66,8 +66,6 @@ class TextSet:
         # Span rows are all of one length; other rows are padded to fixed shapes.
         self.widths = None if cfg.objective in ("span", "causal") else (cfg.src_len, cfg.tgt_len)
         self.varied = bool(self.dec and self.widths)  # whether batches differ in targets or shape
-        src, tgt, _ = self.make(np.zeros(1), uniforms(0, 0, [0], self.objective.n_random))
-        self.lengths = 0 if self.dec else src.shape[1], tgt.shape[1]
 
     def make(self, starts, u):
         """The batch of the windows that begin at `starts` (B,), with the chances u."""
@@ -86,7 +84,7 @@ class TextSet:
 
     def held_out(self, n_rows, batch_size):
         """Batches of windows, evenly spaced over the text; n_rows=0: side by side over all of it.
-        There every token counts once: what the window before has scored is context."""
+        In causal rows a token then counts once: what the window before has scored is context."""
         window, last = self.objective.window, len(self.tokens) - self.objective.window
         causal = self.objective.__class__ is OBJECTIVES["causal"]
         starts = np.linspace(0, last, n_rows).astype(int)
@@ -134,8 +132,8 @@ def task_tokenizer(cfg, rows, say):
 
 
 class Pairs:
-    """The rows of one split, as ids. A source ends with end-of-sequence, and so does a target. What
-    is too long is cut off at its end and counted in `cut` and `cut_targets`."""
+    """The rows of one split, as ids. A source ends with end-of-sequence, and so does a target
+    that was not cut. What is too long is cut off at its end and counted in `cut`, `cut_targets`."""
 
     def __init__(self, rows, tokenizer, src_len, tgt_len, decoder_only):
         self.rows, self.tokenizer, self.dec, self.tgt_len = rows, tokenizer, decoder_only, tgt_len
@@ -190,8 +188,6 @@ class TaskSet:
         self.budget = n_rows * (cfg.src_len + cfg.tgt_len)
         self.plan = functools.lru_cache(maxsize=2)(self.make_plan)
         self.ends = [0]  # steps before each epoch, as far as was asked
-        src, tgt = pairs.lengths.mean(0).round().astype(int)
-        self.lengths = (0, src + tgt + 1) if pairs.dec else (src, tgt)
 
     def samples(self):
         """A few rows, by which an export is checked later."""

@@ -37,8 +37,7 @@ def start(cfg):
 
 
 class World:
-    """This process among all: rank, size, device, dtype of the matrix products, whether to
-    compile."""
+    """This process: rank, size, device, dtype of the matrix products, whether to compile."""
 
     scale, good_steps = 1.0, 0  # what the loss is multiplied by, in float16
 
@@ -134,9 +133,8 @@ class World:
             grow = 2 if good and self.good_steps % 500 == 0 else 1
             self.scale *= grow if good else 0.5
         elif not good:
-            what = f"the loss is {loss}, the norm of its gradient {norm} at step {step}: lower"
-            kept = f"the last checkpoint in {cfg.out} is kept"
-            raise UserError(f"{what} --lr={cfg.lr} or raise --warmup_iters; {kept}")
+            what = f"step {step}: the loss is {loss}, its gradient {norm}: lower --lr={cfg.lr} or"
+            raise UserError(f"{what} raise --warmup_iters; the checkpoint in {cfg.out} is kept")
         return good
 
     def stop(self):
@@ -244,7 +242,7 @@ CHUNK = 2**26  # logits that exist at a time: 256 MB in float32
 def in_chunks(function, n_words, states, *more):
     """Sums function(*parts) over parts of the rows of `states` (rows, ..., C) and of `more`. No
     more than CHUNK logits exist at a time; the backward pass computes each part's again."""
-    size = max(1, CHUNK // (n_words * states[:1, ..., 0].numel()))
+    size = CHUNK // max(1, n_words * states[:1, ..., 0].numel()) or 1
     if len(states) <= size:
         return function(states, *more)
     parts = zip(*(tensor.split(size) for tensor in (states, *more)))
@@ -397,8 +395,7 @@ class StaticSteps:
 
 
 def to_device(batch, device):
-    """numpy arrays, or None -> tensors on a device, or None. A GPU fetches them from pinned memory,
-    which nobody waits for."""
+    """numpy arrays, or None -> tensors on a device, or None. A copy to a GPU is not waited for."""
     tensors = [x if x is None else torch.from_numpy(x) for x in batch]
     if device.type in ("cpu", "mps"):
         return [x if x is None else x.to(device) for x in tensors]

@@ -97,6 +97,7 @@ def restore(folder, model, optimizers, train_set, valid_set, world):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         model.load_state_dict(state.pop("model"))
+        world.scale, world.good_steps = state.pop("scaling", (1.0, 0))
         for optimizer, saved in zip(optimizers, state.pop("optimizers"), strict=True):
             optimizer.load_state_dict(saved)
         return state
@@ -169,7 +170,8 @@ def save_checkpoint(folder, model, optimizers, state, world):
 
     if world.rank > 0:
         return
-    state = dict(state, model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers])
+    state = dict(state, scaling=(world.scale, world.good_steps), model=model.state_dict())
+    state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
     try:
         save_model(folder, model, step=str(state["step"]))
         with replacing(os.path.join(folder, "train_state.pt")) as new:
@@ -219,17 +221,16 @@ class Log:
             return
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(7, 4))
-        axes = figure.subplots()
+        axes = Figure(figsize=(7, 4)).subplots()
         right = axes.twinx() if metric else axes
         curves = (axes, "loss", ""), (axes, "kd", ""), (axes, "val_loss", "o"), (right, metric, "o")
         for number, (side, key, marker) in enumerate(curves):
             points = [(row["step"], row[key]) for row in self.rows if key in row]
             side.plot(*zip(*points), lw=0.8, ms=3, marker=marker, color=f"C{number}", label=key)
         axes.set(xlabel="step", ylabel="loss, nats a target token")
-        figure.legend(loc="upper center", ncols=4)
+        axes.figure.legend(loc="upper center", ncols=4)
         with replacing(os.path.join(self.folder, "loss.png")) as new:
-            figure.savefig(new, dpi=120)
+            axes.figure.savefig(new, dpi=120)
 
 
 def log_row(line):
