@@ -272,7 +272,8 @@ class VisionLM(lm.Transformer):
             pixels = grey(*to_device([inputs], device), cfg).flatten(1) / cfg.image_size
             gates = self.gating(pixels.to(self.embed_marker.dtype))  # (inputs, 1)
             drawn = self.training and torch.rand(()) < CHANCE
-            scores = np.array(torch.rand(len(inputs)) if drawn else gates[:, 0].float().tolist())
+            scores = torch.rand(len(inputs)) if drawn else gates[:, 0].float()
+            scores = np.array(scores.tolist())
         orders, rows, read = token_orders(pictures, cfg, scores)
         tiles, rows, read = to_device([inputs[read], rows, read], device)
         trained = torch.is_grad_enabled() and self.tower.embed_position.requires_grad
