@@ -64,7 +64,7 @@ def test_all_members_of_a_preset_have_one_size(preset, millions):
 @pytest.mark.parametrize(
     "changes, named",
     [(dict(n_head=3), "n_kv_head"), (dict(head_dim=7), "head_dim"), (dict(mlp="relu"), "mlp")]
-    + [(dict(n_dec=0), "n_dec"), (dict(vocab_size="97"), "vocab_size"), (dict(eos_id=97), "word")]
+    + [(dict(n_dec=0), "n_dec"), (dict(vocab_size="97"), "vocab_size"), (dict(eos_id=97), "vocab")]
     + [(dict(n_enc=10**9), "n_enc"), (dict(n_embd=1e30), "n_embd"), (dict(bias="some"), "bias")],
 )
 def test_a_config_that_cannot_work_is_named(changes, named):
