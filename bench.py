@@ -484,10 +484,10 @@ def score_task(model, about, cfg, world):
     if vision:
         from vision import evaluate
 
-        held_out.pairs = PicturePairs(rows, load_tokenizer(cfg.run), *lengths, vision)
+        held_out.pairs = PicturePairs(rows, load_tokenizer(f"{cfg.run}/"), *lengths, vision)
         found = evaluate(model, held_out, cfg, world, step=1)
     else:
-        held_out.pairs = Pairs(rows, load_tokenizer(cfg.run), *lengths)
+        held_out.pairs = Pairs(rows, load_tokenizer(f"{cfg.run}/"), *lengths)
         found = task_metrics(model, held_out, cfg.eval_rows, world)
     metric = next(name for name in found if not name.endswith("_loss"))
     scored = [(row, answers[id(row)]) for row in rows if id(row) in answers]
@@ -504,13 +504,13 @@ def score_task(model, about, cfg, world):
 
 def score_text(model, about, cfg, world):
     """Losses of held-out text by the run's own objective, and the loss of going on with a text."""
-    corpus = prepare(cfg.data, cfg.run, log=world.say, most=getattr(about, "max_tokens", None))
+    corpus = prepare(cfg.data, f"{cfg.run}/", log=world.say, most=vars(about).get("max_tokens"))
     about.data, about.seed = cfg.data, cfg.seed
     valid_set = TextSet(corpus, "val", about)
     found = text_metrics(model, valid_set, cfg.eval_rows, 32, world)
     found["perplexity"] = math.exp(min(700, found["val_loss"]))
-    n_tokens, after = len(valid_set.tokens), about.tgt_len - 1
-    before, n_rows = min(about.src_len - 2, n_tokens - after), cfg.eval_rows or 1024
+    n_tokens, after = len(valid_set.tokens), max(1, about.tgt_len - 1)
+    before, n_rows = max(1, min(about.src_len - 2, n_tokens - after)), cfg.eval_rows or 1024
     starts, sizes = np.linspace(before, n_tokens - after, n_rows).astype(int), (before, after)
     found["continuation_loss"] = continuation_loss(model, valid_set, about, starts, sizes, world)
     return found

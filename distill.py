@@ -70,7 +70,7 @@ class Settings:
     target_col: str = setting(None, "column of the target [the task's, or target]")
     src_len: int = setting(None, "source tokens a row [the preset's]", high=2**20)
     tgt_len: int = setting(None, "target tokens a row", low=1, high=2**20)
-    init_from: str = setting("scratch", "resume: the run in --out", ("scratch", "resume"))
+    init_from: str = setting("scratch", "resume: the run in --out; a run: as --student")
     out: str = setting(None, "run folder [a new one in out/]")
     max_iters: int = setting(None, "optimizer steps [as fit into --max_minutes]", low=1)
     max_minutes: float = setting(None, "training time [the preset's]", low=1e-3)
@@ -176,7 +176,7 @@ class OwnTeacher:
             raise UserError(f"--teacher={folder} is no run of train.py --arch=dec --data=TASK")
         model = Transformer.load(folder, device=world.device, dtype=world.dtype)
         self.model = world.place(model).eval().requires_grad_(False)
-        self.tokenizer, self.identity = load_tokenizer(folder), identity(self.model)
+        self.tokenizer, self.identity = load_tokenizer(f"{folder}/"), identity(self.model)
         self.n_ids = min(model.config.vocab_size, self.tokenizer.vocab_size)
 
     def prompts(self, pairs):

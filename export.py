@@ -711,7 +711,7 @@ def held_out(run, objective, tokenizer, cfg):
         tgt, mask = np.array(batch["tgt"], np.int64), np.array(batch["loss_mask"], bool)
         src = np.array(batch["src"], np.int64) if cfg.n_enc else None
         ids = tgt if src is None else np.concatenate((src, tgt), axis=1)
-        fits = mask.shape == tgt.shape and mask.any() and len(ids) > 1
+        fits = mask.shape == tgt.shape and mask.any()
         if not fits or ids.min() < 0 or ids.max() >= cfg.vocab_size:
             raise ValueError
     except (KeyError, TypeError, ValueError, OverflowError):
@@ -845,7 +845,7 @@ def compare(model, twin, batch, prompts, new):
 
 def export_run(cfg, folder):
     """Writes an ONNX export of a run -> the report, a dict."""
-    objective, tokenizer = read_run(cfg.run)["settings"]["objective"], load_tokenizer(cfg.run)
+    objective, tokenizer = read_run(cfg.run)["settings"]["objective"], load_tokenizer(f"{cfg.run}/")
     shape = read_json(os.path.join(cfg.run, "config.json"))
     prefix = shape.get("src_len") and not shape.get("n_enc")
     if prefix or os.path.exists(os.path.join(cfg.run, "vision.json")):
@@ -862,7 +862,7 @@ def export_run(cfg, folder):
         new = min(new, lengths[1] // 2)
         batch, room = fitting(batch, *lengths), lengths[1] - new
         # Ranges of activations are not taken from the rows of the report.
-        seen, batch = ([p if p is None else p[i::2] for p in batch] for i in (0, 1))
+        seen, batch = ([p if p is None else p[i % len(p) :: 2] for p in batch] for i in (0, 1))
 
     def make(precision):
         if not cfg.static:

@@ -562,7 +562,7 @@ class Transformer(nn.Module):
         if cfg.n_enc:
             starts = [[] for _ in prompts]  # the decoder's; the prompts are the encoder's
             lengths = torch.tensor([len(p) for p in prompts], device=device)
-            src = pad_sequence([torch.tensor(p) for p in prompts], True, cfg.pad_id).to(device)
+            src = pad_sequence([torch.LongTensor(p) for p in prompts], True, cfg.pad_id).to(device)
             if min(map(len, prompts)) < src.size(1):
                 src_mask = torch.arange(src.size(1), device=device) < lengths[:, None]
             encoded = self.encode(src, src_mask)
@@ -606,7 +606,7 @@ class Transformer(nn.Module):
             tensors = {name: t.to(device, dtype) for name, t in load_file(path).items()}
             model.load_state_dict(tensors, assign=True)
         except (SafetensorError, OSError, RuntimeError) as error:
-            what = f"{path} is damaged, or made by another model.py (see source/ there): {error}"
+            what = f"{path} is damaged, of vision.py, or of another model.py (see source/): {error}"
             raise ModelError(what[:400]) from None
         if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
             raise ModelError(f"{path}: {bad[0]} holds numbers that are not finite")

@@ -83,8 +83,7 @@ def text_of(talk, answer, done=True):
 
 def show(text, shown):
     """Prints what a text has more than what was `shown`; all of it where that has changed."""
-    new = text[len(shown) :] if text.startswith(shown) else "\n" + text
-    print(new, end="", flush=True)
+    print(text[len(shown) :] if text.startswith(shown) else "\n" + text, end="", flush=True)
     return text
 
 
@@ -245,7 +244,7 @@ def open_run(cfg, run, text):
     """A run folder or an export, loaded and given a text: model, tokenizer, prompt and so on."""
     about = vars(read_about(run)) if is_export(run) else read_run(run)["settings"]
     model = load_exported(cfg, run) if is_export(run) else load_torch(cfg, run)
-    tokenizer, objective = load_tokenizer(run), about["objective"]
+    tokenizer, objective = load_tokenizer(f"{run}/"), about["objective"]
     if tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(f"{run}: its tokenizer has more words than its model")
     talk = SimpleNamespace(run=run, model=model, tokenizer=tokenizer, objective=objective, sees={})
@@ -272,7 +271,8 @@ def main():
     talks = [open_run(cfg, name, text) for name in (run, cfg.race) if name]
     talk, config = talks[0], talks[0].model.config
     room = config.tgt_len if config.n_enc else config.tgt_len - len(talk.prompt)
-    n = cfg.max_new_tokens or min(1024, max(64, room))
+    least = 1 if isinstance(talk.model, Static) else 64  # a static export cannot go past its length
+    n = cfg.max_new_tokens or min(1024, max(least, room))
     drawing = cfg.temperature, cfg.top_k, cfg.top_p, cfg.seed
     if cfg.show_attention and len(talk.prompt) > 8192:
         raise UserError(f"--show_attention: {len(talk.prompt)} tokens, at most 8192 can be drawn")

@@ -19,7 +19,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import numpy as np
 
 import model as lm
-from bench import continuation_loss, table
+from bench import continuation_loss, numbers, table
 from data.corpus import prepare
 from data.sets import TextSet
 from lib.device import start
@@ -56,11 +56,13 @@ KINDS = dict(
 def main():
     cfg = read_settings(Settings, __doc__)
     world, rows = start(cfg), []
-    windows, after = [int(n) for n in cfg.windows.split(",")], 63
+    windows, after = numbers(cfg, "windows"), 63
     for run in cfg.run.split(","):
         about = SimpleNamespace(**read_run(run)["settings"])
+        if about.objective == "seq2seq" or not hasattr(about, "max_tokens"):
+            raise UserError(f"--run={run} is no run of train.py on text")
         model = world.place(lm.Transformer.load(run, device=world.device)).eval()
-        corpus = prepare(about.data, run, log=world.say, most=about.max_tokens)
+        corpus = prepare(about.data, f"{run}/", log=world.say, most=about.max_tokens)
         valid_set = TextSet(corpus, "val", about)
         last = len(valid_set.tokens) - after
         if last < max(windows):

@@ -87,9 +87,9 @@ def to_foreign(tokenizer, bos_id):
 
 def write_hf(run, folder, dtype=torch.float32):
     """A decoder-only run as a folder for `transformers`, of the class that computes the same."""
-    model, tokenizer = Transformer.load(run), load_tokenizer(run)
+    model, tokenizer = Transformer.load(run), load_tokenizer(f"{run}/")
     cfg, names = model.config, llama_names(model.config)
-    if cfg.n_enc or cfg.mlp != "swiglu" or cfg.bias == "all":
+    if cfg.n_enc or cfg.src_len or cfg.mlp != "swiglu" or cfg.bias == "all":
         raise UserError(f"{run}: no class of the Llama family computes what it does")
     kind = {(False, "none"): "llama", (False, "qkv"): "qwen2"}.get((cfg.qk_norm, cfg.bias), "qwen3")
     about = {theirs: getattr(cfg, ours) for ours, theirs in FIELDS.items()}

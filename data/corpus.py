@@ -70,7 +70,7 @@ def open_texts(data, kind, files=None):
     for row in stream(kind, files, ["text"]):
         if "text" not in row:
             columns = ", ".join(map(str, row))
-            raise UserError(f"--data={data}: the column `text`, which is read, is not in {columns}")
+            raise UserError(f"--data={data} has no `text` but {columns}: a task takes --source_col")
         text = row["text"]
         if not isinstance(text, str | None):
             raise UserError(f"--data={data}: the column `text` holds {type(text).__name__}")

@@ -68,11 +68,12 @@ def json_records(path):
     """Records of a file: one a line; or a list of them, as LLaVA's; or a list under the key "data",
     as SQuAD's. A line that cannot be read gives the ValueError instead, an empty one None."""
     with open(path, "rb") as file:
-        first = file.read(1)
+        first = file.read(99).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]  # behind a BOM
     if first == b"[":
         return read_json(path, list, 2**32)
-    if path.endswith(".json"):
-        return read_json(path, dict, 2**30).get("data", [])
+    if path.lower().endswith(".json"):
+        rows = read_json(path, dict, 2**30).get("data")
+        return rows if isinstance(rows, list) else []
     return json_lines(path)
 
 
@@ -80,7 +81,7 @@ def json_lines(path):
     with open(path, "rb") as file:
         for line in file:
             try:
-                yield json.loads(line.decode("utf-8")) if line.strip() else None
+                yield json.loads(line.decode("utf-8-sig")) if line.strip() else None
             except (ValueError, RecursionError) as error:  # 6,000 digits are a ValueError
                 yield ValueError(f"no usable JSON, {type(error).__name__}")
 

@@ -73,7 +73,7 @@ def new_run(name, cfg, world, train_set, valid_set, **more):
         free = (f"out/{name}{end}" for end in ["", *range(-2, -(10**6), -1)])
         folder = folder or next(path for path in free if not os.path.exists(path))
         if glob.glob(os.path.join(glob.escape(folder), "*")):
-            raise UserError(f"--out={folder} is not empty: choose another, or --init_from=resume")
+            raise UserError(f"--out={folder}: not empty; change or clear it, or --init_from=resume")
         os.makedirs(folder, exist_ok=True)
         world.lock = lock_folder(folder)
         write_run(folder, dataclasses.asdict(cfg), f"{train_set.hash} {valid_set.hash}", **more)

@@ -245,7 +245,7 @@ class StaticRequest:
         if len(lengths) > 1:
             raise UserError(f"a static export answers one prompt at a time, not {len(lengths)}")
         if reach > self.slots:
-            raise UserError(f"{reach} positions are needed, this export has --tgt_len={self.slots}")
+            raise UserError(f"{reach} positions > --tgt_len={self.slots}: lower --max_new_tokens")
         self.model, self.memory, self.filled = model, memory, 0
         self.stretch = reach / model.config.tgt_len
         caches = {name: shape for name, shape in shapes.items() if name.startswith("past_")}

@@ -80,7 +80,7 @@ def read_json(path, kind=dict, most_bytes=2**26):
     if not os.path.isfile(path) or os.path.getsize(path) > most_bytes:
         raise UserError(f"{path} is missing, or no plain file of at most {most_bytes:,} bytes")
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             value = json.load(file)
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON ({type(error).__name__})") from None

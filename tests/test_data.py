@@ -242,7 +242,7 @@ def test_tables_hold_out_every_twentieth_row_and_lose_none(tmp_path, kind):
     rest = [text for i, text in enumerate(texts) if i % 20 != 19]
     assert all_text(corpus, "train") == "".join(text + "<eos>" for text in rest)
     (tmp_path / "other.jsonl").write_text('{"body": "x"}\n')
-    with pytest.raises(UserError, match="column `text`.*not in body"):
+    with pytest.raises(UserError, match="no `text` but body"):
         quiet("other.jsonl", "bytes")
 
 

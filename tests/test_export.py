@@ -307,7 +307,7 @@ def test_static_limits(tmp_path):
     assert list(twin.generate([[5] * 10], 8)) == list(model.generate([[5] * 10], 8))
     for prompts, new, message in (
         ([[5] * 11], 8, "has 11 tokens, this export has --src_len=10"),
-        ([[5]], 9, "9 positions are needed, this export has --tgt_len=8"),
+        ([[5]], 9, "9 positions > --tgt_len=8"),
         ([[5], [6]], 8, "one prompt at a time"),
     ):
         with pytest.raises(UserError, match=message):
