@@ -2,7 +2,8 @@
 # The paper's comparison in small: equal pretraining, then tasks, for a decoder-only model, a prefix
 # LM and three encoder-decoders of 2.2 M parameters whose splits are exact thirds. Runs are by
 # steps, one thread each, so that a busy machine changes nothing. What is finished is not run again.
-# JOBS=all starts all runs of the first two stages at once, for a GPU.
+# JOBS=all starts all runs of the first two stages at once, for a GPU. ARCHS, SEEDS and STEPS bound
+# a comparison.
 #
 #     bash assets/paper.sh rates dec 2/3       their own searches of the pretraining rate
 #     bash assets/paper.sh pretrain dec 2/3    these kinds
@@ -200,7 +201,7 @@ case $stage in
             --train="$words"
         ;;
     *)
-        sed -n '2,16p' assets/paper.sh
+        sed -n '2,18p' assets/paper.sh
         exit 2
         ;;
 esac
