@@ -10,8 +10,8 @@ itself (--sequences=student, on-policy), one that the teacher wrote before train
 At each token of y, both models say what they expect there, each given x and what is before it in y:
 
     teacher, hf:    pad^n x y pad^m          answers begin in one column, behind the longest prompt
-    teacher, ours   x sep y pad^m
-    student         x pad^n | bos y pad^m    decoder-only: x sep y pad^m
+    teacher, ours   bos x sep y pad^m
+    student         x pad^n | bos y pad^m    decoder-only: bos x sep y pad^m
 
 What predicts the first token of y stands one place before it: in the student's decoder that is
 bos, in a teacher the last token of its prompt. Logits of real tokens, row after row, are (N, V) for
@@ -273,7 +273,7 @@ class ForeignTeacher:
 
 def identity(model, more=""):
     """A digest of some of a model's numbers, which tells it from others."""
-    some = [p.flatten()[::4099].tolist() for p in model.parameters()]
+    some = [p.flatten()[::4099].bfloat16().tolist() for p in model.parameters()]
     return hashlib.sha256(repr((some, more)).encode()).hexdigest()[:12]
 
 
@@ -310,7 +310,7 @@ def student_answers(model, train_set, rows, step, n_ids, seed):
 def teacher_answers(teacher, prompts, train_set, cfg, world):
     """The teacher's answers to all rows, lists of ids, written once. The cache keeps them in parts,
     so that a run which is stopped here goes on where it was."""
-    name = f"answers-{train_set.hash}-{cfg.src_len}-{cfg.tgt_len}-{world.dtype}"
+    name = f"answers-{train_set.hash}-{cfg.arch}-{cfg.src_len}-{cfg.tgt_len}-{world.dtype}"
     folder = os.path.join(data.corpus.CACHE, name)
     os.makedirs(folder, exist_ok=True)
     paths = {i: os.path.join(folder, f"{i:07d}.json") for i in range(0, len(prompts), 64)}
@@ -353,6 +353,7 @@ def finetune(cfg, world, teacher, train_set, valid_set):
         for micro in range(cfg.grad_accum):
             rows, real = train_set.share(step, world.rows(micro, cfg.batch_size))
             loss, n = answers_loss(teacher, *train_rows, rows[: max(1, real)], world)
+            loss, n = loss * (real > 0), n * (real > 0)  # without a real row, nothing counts
             loss.backward()
             loss_sum, targets = loss_sum + loss.item(), targets + n
         loss_sum, targets = world.sum(loss_sum, targets)

@@ -50,7 +50,7 @@ class Config:
     n_kv_head: int = 2  # grouped-query attention: n_head / n_kv_head query heads share one
     head_dim: int = 32
     n_hidden: int = 512  # width of the MLP
-    src_len: int = 1024  # trained length of the encoder; without one, 0, or more for a prefix LM
+    src_len: int = 1024  # trained length of the encoder; decoder-only: 0 causal, more prefix LM
     tgt_len: int = 256  # trained length of the decoder; decoder-only: of prompt and answer
     mlp: str = "swiglu"  # or "gelu", the tanh approximation, which the paper's released model has
     bias: str = "qkv"  # linear layers with a bias: "none", "qkv" or "all"
@@ -562,10 +562,10 @@ class Transformer(nn.Module):
         if cfg.n_enc:
             starts = [[] for _ in prompts]  # the decoder's; the prompts are the encoder's
             lengths = torch.tensor([len(p) for p in prompts], device=device)
-            src = pad_sequence([torch.LongTensor(p) for p in prompts], True, cfg.pad_id).to(device)
+            src = pad_sequence([torch.tensor(p or [cfg.pad_id]) for p in prompts], True, cfg.pad_id)
             if min(map(len, prompts)) < src.size(1):
                 src_mask = torch.arange(src.size(1), device=device) < lengths[:, None]
-            encoded = self.encode(src, src_mask)
+            encoded = self.encode(src.to(device), src_mask)
         starts = [torch.tensor([cfg.bos_id] * (cfg.bos_id >= 0) + [*ids]) for ids in starts]
         tokens = pad_sequence(starts, True, cfg.pad_id, "left").to(device)  # (B, T)
         pad = torch.tensor([tokens.size(1) - len(ids) for ids in starts], device=device)

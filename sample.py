@@ -77,7 +77,7 @@ def text_of(talk, answer, done=True):
         filled = [0] + [place for place, (_, is_new) in enumerate(pieces, 1) if is_new]
         ids = [i for piece, _ in pieces[: None if done else filled[-1]] for i in piece]
     parts = [MASK.encode() if i >= first else tokenizer.bytes_of([i]) for i in ids]
-    text = b"".join(parts).decode("utf-8", "replace")
+    text = b"".join(parts).decode("utf-8", "replace").removeprefix(" " * tokenizer.leading_space)
     return printable(text if done else text.rstrip("\ufffd"))  # half a character may become whole
 
 
@@ -294,7 +294,7 @@ def main():
         rule = "-" * 80 + "\n" if len(answers) > 1 else ""
         show(f"{text_of(talk, answer)}\n{rule}", shown)
     if cfg.show_attention:
-        answer = answers[0] + [talk.tokenizer.eos]
+        answer = answers[0] + [talk.tokenizer.eos] * (len(answers[0]) < n)  # unless it was cut
         looked = attention_weights(talk.model, talk.prompt, answer)
         draw(cfg.show_attention, *looked, talk.prompt, answer, talk.tokenizer, **talk.page)
 

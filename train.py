@@ -187,8 +187,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(model, cfg, world):
-    """Routes every parameter by its name: the matrices inside the blocks to Muon, all else to
-    AdamW; prints the table."""
+    """Routes every parameter by its name: every matrix but embeddings and the output layer to Muon,
+    all else to AdamW; prints the table."""
     matrices, others = [], []
     for name, p in model.named_parameters():
         if p.requires_grad:

@@ -107,7 +107,7 @@ class Settings:
 
 
 SMALL_ROWS = dict(src_len=1024, tgt_len=64, batch_size=5, max_minutes=10, vocab_size=1024)
-LARGE_ROWS = dict(src_len=8192, tgt_len=256, batch_size=4)  # nine tiles of CLIP's are 5,832 tokens
+LARGE_ROWS = dict(src_len=8192, tgt_len=256, batch_size=4)  # nine tiles, a thumbnail: 5,832 tokens
 
 
 def resolve(cfg):

@@ -1,5 +1,5 @@
 #!/bin/bash
-# Every distillation figure: the teachers (an hour each, on one core), the comparison, the race, the
+# The distillation figures but 15's: the teachers (an hour each, on one core), the comparison, the
 # ablation. What is in the results files already is not run again. CODEXGLUE names a local copy of
 # the data set: CODEXGLUE=codexglue:FOLDER bash assets/distill.sh [--device=cuda]
 set -eu

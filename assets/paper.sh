@@ -3,7 +3,8 @@
 # LM and three encoder-decoders of 2.2 M parameters whose splits are exact thirds. Runs are by
 # steps, one thread each, so that a busy machine changes nothing. What is finished is not run again.
 # JOBS=all starts all runs of the first two stages at once, for a GPU. ARCHS, SEEDS and STEPS bound
-# a comparison.
+# a comparison, GRID holds the rates of a search, and TUNE gives runs on a task more keys, such as
+# 2/3:--cross_rope=true.
 #
 #     bash assets/paper.sh rates dec 2/3       their own searches of the pretraining rate
 #     bash assets/paper.sh pretrain dec 2/3    these kinds
@@ -29,13 +30,14 @@ shift || true
 mkdir -p out
 
 # The prefix LM learns from the same rows as the encoder-decoders, holes in its prompt.
-# OBJECTIVE=ul2 gives these four another objective, and all runs another name.
+# OBJECTIVE gives all kinds this objective, and all runs another name: OBJECTIVE=span is how the
+# paper's section 3.3 trains its decoder-only models, too.
 pre="out/pre-${OBJECTIVE:+$OBJECTIVE-}"
 arch_of() {
     case $1 in
         */*) echo "--arch=encdec --split=$1 --objective=${OBJECTIVE:-span}" ;;
         prefix) echo "--arch=prefix --objective=${OBJECTIVE:-span}" ;;
-        dec) echo "--arch=dec --objective=causal" ;;
+        dec) echo "--arch=dec --objective=${OBJECTIVE:-causal}" ;;
     esac
 }
 
@@ -132,7 +134,7 @@ compare() { # TASK, more keys
 
 # Scored once, at the end.
 runs="--seeds=${SEEDS:-3} --max_iters=${STEPS:-1000}"
-lengths="--src_len=512 --tgt_len=256 --eval_interval=100000 --compile=true"
+lengths="--src_len=512 --tgt_len=256 --eval_interval=100000 --compile=true ${TUNE:-}"
 case $stage:${1:-} in
     compare:docstring | scratch:docstring | ablation:docstring | distil:docstring | \
     compare:codexglue | scratch:codexglue | ablation:codexglue | distil:codexglue)
@@ -160,7 +162,7 @@ case $stage in
         finish
         ;;
     search)
-        for rate in 2e-3 5e-3 1e-2; do
+        for rate in ${GRID:-2e-3 5e-3 1e-2}; do
             compare "$1" --archs="${ARCHS:-dec,prefix,2/3}" --seeds=1 --max_iters=300 \
                 --init_from="$pre{split}" \
                 --train="$lengths $(for kind in dec prefix 2/3; do rate_of $kind $rate; done)"
@@ -201,7 +203,7 @@ case $stage in
             --train="$words"
         ;;
     *)
-        sed -n '2,18p' assets/paper.sh
+        sed -n '2,19p' assets/paper.sh
         exit 2
         ;;
 esac

@@ -20,6 +20,7 @@ def text_metrics(model, valid_set, n_rows, batch_size, world):
             src, tgt, loss_mask = to_device(batch, world.device)
             with world.autocast():
                 sums[0] += model(src, tgt, loss_mask).item()
+            batch[2][:, 0] &= model.config.bos_id >= 0  # without bos, nothing predicts the first
             targets = batch[1][batch[2]].tolist()
             sums[1:] += len(targets), len(valid_set.tokenizer.bytes_of(targets))
     nats, n_targets, n_bytes = world.sum(*sums)

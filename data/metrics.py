@@ -158,7 +158,7 @@ def similarity(a, b):
 
 def score_anls(predictions, rows):
     """Average normalized Levenshtein similarity (Biten et al., 2019), DocVQA's: of the nearest
-    answer, 0 where over half of the characters differ."""
+    answer, 0 where half of the characters or more differ."""
     pairs = zip(predictions, rows)
     return dict(anls=mean(max(similarity(p, a) for a in answers_of(row)) for p, row in pairs))
 

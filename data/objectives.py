@@ -5,8 +5,8 @@ To add one, write a class like those below and put it into OBJECTIVES. It has
     window, n_random tokens and random numbers that a row needs, set by __init__
     rows(ids, u)     sources and targets of ids (B, window), by chance u (B, n_random) in [0, 1)
     prompt(...)      how sample.py asks a model that was trained with it
-A target that should end must end with tokenizer.eos. sample.py shows an answer behind its prompt,
-but for holes and tasks: see text_of there.
+A target that should end must end with tokenizer.eos. sample.py prints the prompt and then the
+answer; its text_of prints holes and tasks otherwise.
 
 A batch is (src, tgt, loss_mask), numpy arrays (B, S), (B, T), (B, T): ids padded on the right, and
 True where a target counts. A decoder-only model's tgt is source, separator and target in one; its

@@ -131,8 +131,8 @@ class Rename(ast.NodeTransformer):
 
 def names_rows(text):
     """A function whose parameters and local names became v0, v1, ... -> those names in order.
-    Docstrings and comments, which would give them away, go. Functions inside of it are renamed with
-    it and are no rows of their own."""
+    Its docstring and all comments, which would give them away, go. Functions inside of it are
+    renamed with it, keep their docstrings and are no rows of their own."""
     for _, node in functions(text):
         names = own_names(node)
         if not 2 <= len(names) <= 12 or any(re.fullmatch(r"v\d+", name) for name in names):
