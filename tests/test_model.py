@@ -252,7 +252,7 @@ def collect(steps, row=0):
 @pytest.mark.parametrize("options", [dict(), dict(temperature=0.9, top_k=20, top_p=0.9)])
 @pytest.mark.parametrize("new", [8, 40])  # 40 runs past the trained length
 def test_a_row_generates_what_it_generates_alone(arch, options, new):
-    model, prompts = tiny(arch), [ids(n, seed=n).tolist() for n in (5, 12, 2)]
+    model, prompts = tiny(arch), [ids(n, seed=n).tolist() for n in (5, 12, 2, 0)]
     together = list(model.generate(prompts, new, seed=3, **options))
     for b, prompt in enumerate(prompts):
         alone = model.generate([prompt], new, seed=3 + b, **options)
