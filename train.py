@@ -351,8 +351,7 @@ def main():
         if world.usable(loss, norm, step, cfg):
             for optimizer in optimizers:
                 optimizer.step()
-        for optimizer in optimizers:
-            optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
 
         # What it took.
         seconds.append(time.perf_counter() - begin)

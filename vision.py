@@ -22,7 +22,7 @@ main, whose loop is train.py's with pictures. More ways to call it:
 
 Stages: `align` trains what is new between a tower and a language model that were both trained
 before; `ocr`, `instruct` and `task` train the language model, too. A tower from a file stays as it
-is unless --train_tower.
+is without --tower_lr. assets/stages.sh has all four with the recipes of LLaVA-1.5.
 """
 
 import json
@@ -74,7 +74,7 @@ class Settings:
     tokens: str = setting(None, "which tiles are read, see data/images.py [all]", CHOICES["tokens"])
     keep: float = setting(None, "share of the tiles; concat: of tokens [0.33]", low=1e-4, high=1)
     look: str = setting(None, "the stack that looks at pictures [none]", CHOICES["look"])
-    train_tower: bool = setting(False, "train a tower from a file, too")
+    tower_lr: float = setting(0.0, "of a tower from a file; at 0 it does not learn", high=100)
     arch: str = setting("encdec", "encoder-decoder, or decoder-only", ("encdec", "dec"))
     preset: str = setting("nano", "size, with the defaults tuned for it", tuple(lm.PRESETS))
     split: str = setting("2/3", "the encoder's share of the layers", ("1/3", "1/2", "2/3"))
@@ -379,11 +379,9 @@ def foreign_tower(name):
     where = f"--vision=hf:{name}"
     folder = local_folder(name, where)
     about = read_json(os.path.join(folder, "config.json"))
-    half = about.get("vision_config")
-    about |= half if type(half) is dict else {}
+    about |= half if type(half := about.get("vision_config")) is dict else {}
     siglip = "siglip" in str(about.get("model_type"))
-    fields = asdict(VisionConfig())
-    fields |= {name: about.get(x[0], x[1 + siglip]) for name, x in FIELDS.items()}
+    fields = asdict(VisionConfig()) | {n: about.get(x[0], x[1 + siglip]) for n, x in FIELDS.items()}
     fields["act"] = str(fields["act"]).replace("gelu_pytorch_tanh", "gelu_tanh")
     if type(fields["n_layer"]) is int:
         fields["n_layer"] -= 1  # LLaVA takes the output of the last layer but one
@@ -451,10 +449,10 @@ def make_model(cfg, tokenizer, vision, tower_weights):
                 p.copy_(known[name])
     if tower_weights:
         model.tower.load_state_dict(tower_weights)
-    tower_learns = cfg.train_tower or not vision.from_file
     for name, p in model.named_parameters():
         new = name.startswith(("projector", "embed_marker", "gating")) or ".look" in name
-        p.requires_grad_(tower_learns if name.startswith("tower") else new or cfg.stage != "align")
+        p.requires_grad_(new or cfg.stage != "align")
+    model.tower.requires_grad_(not vision.from_file)
     return model
 
 
@@ -500,6 +498,10 @@ def main():
     torch.manual_seed(cfg.seed)
     model = world.place(make_model(cfg, train_set.tokenizer, vision, tower_weights))
     optimizers = make_optimizers(model, cfg, world)
+    if cfg.tower_lr and vision.from_file:
+        model.tower.requires_grad_(True)
+        slow = replace(cfg, optimizer="adamw", lr=cfg.tower_lr, embed_lr=cfg.tower_lr)
+        optimizers += make_optimizers(model.tower, slow, world)
     params = [p for p in model.parameters() if p.requires_grad]
     state = dict(step=0, time_s=0.0, tokens=0, max_iters=cfg.max_iters, best=None, last=None)
     if cfg.init_from == "resume":
@@ -571,8 +573,7 @@ def main():
         if world.usable(loss, norm, step, cfg):
             for optimizer in optimizers:
                 optimizer.step()
-        for optimizer in optimizers:
-            optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
 
         # What it took.
         seconds.append(time.perf_counter() - begin)

@@ -31,8 +31,8 @@ mkdir -p out
 
 # The prefix LM learns from the same rows as the encoder-decoders, holes in its prompt.
 # OBJECTIVE gives all kinds this objective, and all runs another name: OBJECTIVE=span is how the
-# paper's section 3.3 trains its decoder-only models, too.
-pre="out/pre-${OBJECTIVE:+$OBJECTIVE-}"
+# paper's section 3.3 trains its decoder-only models, too. PRE names the runs of other keys in SHAPE.
+pre="${PRE:-out/pre-${OBJECTIVE:+$OBJECTIVE-}}"
 arch_of() {
     case $1 in
         */*) echo "--arch=encdec --split=$1 --objective=${OBJECTIVE:-span}" ;;
