@@ -9,7 +9,8 @@ codexglue=${CODEXGLUE:-codexglue}
 train() { # a run that is there stays, one that was cut off goes on
     out=$1
     shift
-    [ -e "$out/train_state.pt" ] && set -- --init_from=resume
+    # Before its first checkpoint, there is nothing to go on with.
+    [ -e "$out/train_state.pt" ] && set -- --init_from=resume || rm -rf "$out"
     $python train.py --out="$out" "$@"
 }
 

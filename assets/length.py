@@ -57,7 +57,9 @@ def main():
     cfg = read_settings(Settings, __doc__)
     world, rows = start(cfg), []
     windows, after = numbers(cfg, "windows"), 63
-    for run in cfg.run.split(","):
+    if not cfg.run:
+        raise UserError("--run is missing: runs of train.py on text, separated by commas")
+    for run in [run.rstrip("/") for run in cfg.run.split(",")]:
         about = SimpleNamespace(**read_run(run)["settings"])
         if about.objective == "seq2seq" or not hasattr(about, "max_tokens"):
             raise UserError(f"--run={run} is no run of train.py on text")

@@ -27,6 +27,7 @@ if [ "${1:-}" = --device=cuda ]; then
     bench train_330m train --preset=330m --engine=torch --src=1024 --new=256 --batch=8 \
         --grad_accum=4 --dtype=bfloat16 "$@"
     bench memory memory --src=4096 --new=256 --batch=32 "$@"
+    rm -rf "$out/speedrun"
     $python train.py --preset=small --data="${DATA:-HuggingFaceFW/fineweb-edu}" \
         --max_tokens=500000000 --max_minutes="${MINUTES:-10}" --out="$out/speedrun" "$@"
     $python - "$out" <<'END'

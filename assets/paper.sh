@@ -55,7 +55,6 @@ pretrain() {
             --eval_rows=512 --compile=${COMPILE:-true} ${SHAPE:-}"
     fi
     $python train.py $extra $common --out="$out"
-    touch "$out/done"
     $python - "$kind" "$out" >>"$rows" <<'END'
 import json
 import sys
@@ -71,6 +70,7 @@ row["tokens_m"] = round(last["tokens"] / 1e6, 2)
 row |= {key: round(last[key], 4) for key in ("val_loss", "bits_per_byte")}
 print(json.dumps(row))
 END
+    touch "$out/done"
 }
 
 # A rate of the matrices and, times 0.4, of the embeddings, for one kind alone.
@@ -81,7 +81,7 @@ rate_of() {
 # What the searches chose. The three encoder-decoders share the rates of 2/3.
 declare -A pretraining_rate=([dec]=2e-2 [prefix]=2e-2 [1/3]=2e-2 [1/2]=2e-2 [2/3]=2e-2)
 declare -A docstring_rate=([dec]=5e-3 [prefix]=5e-3 [2/3]=1e-2)
-declare -A codexglue_rate=([dec]=5e-3 [prefix]=5e-3 [2/3]=5e-3)
+declare -A codexglue_rate=([dec]=1e-2 [prefix]=5e-3 [2/3]=2e-2)
 
 launch() { # a command; in the background, where all may run at once
     if [ "$jobs" = 1 ]; then
@@ -165,7 +165,7 @@ case $stage in
         for rate in ${GRID:-2e-3 5e-3 1e-2}; do
             compare "$1" --archs="${ARCHS:-dec,prefix,2/3}" --seeds=1 --max_iters=300 \
                 --init_from="$pre{split}" \
-                --train="$lengths $(for kind in dec prefix 2/3; do rate_of $kind $rate; done)"
+                --train="$lengths $(for kind in dec prefix 1/3 1/2 2/3; do rate_of $kind $rate; done)"
         done
         ;;
     compare)

@@ -67,6 +67,8 @@ def train_t5(words):
     cfg = train.resolve(read_settings(train.Settings, __doc__, words))
     if not cfg.max_iters:
         raise UserError("--max_iters is missing: how many steps")
+    if cfg.objective != "seq2seq":
+        raise UserError("--data: a task is missing, such as docstring")
     world = start(cfg)
     train_set, valid_set = open_data(cfg, world.say, cfg.batch_size)
     tokenizer = train_set.tokenizer

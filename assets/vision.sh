@@ -15,9 +15,14 @@ compare --data=shapes --archs=dec,2/3 --max_iters=1200 --max_minutes=6 --train="
 read_tables() { # one that was cut off goes on
     out=$1
     shift
-    [ -e "$out/train_state.pt" ] && set -- --init_from=resume || set -- --stage=ocr --data=tables \
-        --patch=40 --batch_size=4 --lr=4e-3 --max_minutes=8 --eval_rows=120 --compile=true "$@"
-    $python vision.py --out="$out" "$@"
+    if [ -e "$out/train_state.pt" ]; then
+        set -- --init_from=resume
+    else
+        rm -rf "$out"
+        set -- --stage=ocr --data=tables --patch=40 --batch_size=4 --lr=4e-3 --max_minutes=8 \
+            --eval_rows=120 --compile=true "$@"
+    fi
+    $python vision.py --out="$out" --threads=1 "$@"
 }
 read_tables out/tables-dec --arch=dec --image_size=160 --grid=0 "$@"
 read_tables out/tables-23 --split=2/3 --image_size=160 --grid=0 "$@"
@@ -27,7 +32,7 @@ compare --data=charts --archs=dec,2/3 --seeds=1 --max_minutes=12 --init_from='ou
 
 # The paper's table 3, on charts cut into four tiles and a thumbnail. All start from the same run,
 # which has read charts with every tile.
-read_tables out/tables-tiles --split=2/3 --image_size=80 --grid=2 --max_iters=800 --threads=1 "$@"
+read_tables out/tables-tiles --split=2/3 --image_size=80 --grid=2 --max_iters=800 "$@"
 tiles='--stage=ocr --batch_size=4 --lr=4e-3 --eval_interval=100000 --eval_rows=100 --compile=true'
 for way in '' ' --look=encoder' ' --look=decoder' ' --tokens=variance' ' --tokens=learned' \
     ' --tokens=concat --keep=0.5'; do

@@ -74,7 +74,7 @@ def drawn(kind, score):
 reading, vqa, anls = metrics.score_reading, metrics.score_vqa, metrics.score_anls
 TASKS = {
     "shapes": drawn("shapes", metrics.score_plain),
-    "docs": drawn("docs", reading),
+    "docs": drawn("docs", anls),
     "charts": drawn("charts", metrics.score_worked),
     "tables": drawn("tables", reading),
     "llava-pretrain": Task(reading, "liuhaotian/LLaVA-Pretrain", read=of_conversation),
