@@ -44,13 +44,13 @@ drawn() {
     # CLIP's format, and a model of the Python source on this machine.
     if [ ! -f out/stages/done ]; then
         rm -rf out/stages
-        $python train.py --max_iters="${STEPS:-400}" --eval_rows=128 --out=out/stages
+        $python train.py --max_iters="${STEPS:-300}" --eval_rows=128 --out=out/stages
         touch out/stages/done
     fi
     if [ ! -f out/stages-clip/config.json ]; then
         rm -rf out/stages-shapes out/stages-clip
         $python vision.py --data=shapes --image_size=160 --patch=40 --grid=0 \
-            --max_iters="${STEPS:-300}" --eval_interval=100000 --out=out/stages-shapes
+            --max_iters="${STEPS:-250}" --eval_interval=100000 --out=out/stages-shapes
         $python - <<'END'
 import json
 import os
@@ -104,11 +104,11 @@ END
     fi
     run=out/stages
     begin=(--init_from=out/stages --vision=hf:out/stages-clip)
-    common="--grid=0 --batch_size=4 --lr=4e-3 --eval_rows=120 --compile=true"
-    stage align $common --data=shapes --max_iters="${STEPS:-200}"
-    stage ocr $common --data=tables --tower_lr=1e-3 --max_iters="${STEPS:-1000}"
-    stage instruct $common --data=charts --tower_lr=1e-3 --max_iters="${STEPS:-600}"
-    stage task $common --data=out/stages-questions --tower_lr=1e-3 --max_iters="${STEPS:-200}"
+    common="--grid=0 --batch_size=4 --lr=4e-3 --eval_rows=200 --eval_interval=100000 --compile=true"
+    stage align $common --data=shapes --max_iters="${STEPS:-150}"
+    stage ocr $common --data=tables --tower_lr=1e-3 --max_iters="${STEPS:-600}"
+    stage instruct $common --data=charts --tower_lr=1e-3 --max_iters="${STEPS:-350}"
+    stage task $common --data=out/stages-questions --tower_lr=1e-3 --max_iters="${STEPS:-120}"
 }
 
 real() {
