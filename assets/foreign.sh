@@ -15,7 +15,9 @@ train() { # one that was cut off goes on
 train out/foreign-dec --arch=dec --max_minutes=6 "$@"
 [ -e out/foreign-hf/config.json ] ||
     $python assets/to_hf.py --run=out/foreign-dec --out=out/foreign-hf
-[ -e out/foreign-encdec/run.json ] || $python export.py --format=run --run=hf:out/foreign-hf --n_enc=3 --n_dec=2 --out=out/foreign-encdec
+[ -e out/foreign-encdec/run.json ] ||
+    $python export.py --format=run --run=hf:out/foreign-hf --n_enc=3 --n_dec=2 \
+        --out=out/foreign-encdec
 
 # Beside it, the same layers from nothing, for as many steps. Then both learn a task.
 for seed in 1 2 3; do

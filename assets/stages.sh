@@ -1,13 +1,13 @@
 #!/bin/bash
 # The paper's four stages on pictures (section 4.2), each from the run of the stage before.
 #
-#     bash assets/stages.sh drawn                     on drawn pictures: 20 minutes of two cores
+#     bash assets/stages.sh drawn                     on drawn pictures, meant for 20 minutes
 #     WITHOUT="align ocr" bash assets/stages.sh drawn     these left out: what does a stage bring?
 #     bash assets/stages.sh real RUN CLIP ALIGN OCR INSTRUCT TASK
 #
 # `real` needs a trained language model, a folder of CLIP's ViT-L/14-336, and four data sets as
 # vision.py's --data names them: llava-pretrain:FOLDER, ureader:FOLDER, llava-instruct:FOLDER,
-# textvqa. Rates, schedule and steps are LLaVA-1.5's (Liu et al., 2023, table 9): AdamW without
+# textvqa. Rates, schedule and steps are LLaVA-1.5's (Liu et al., 2023): AdamW without
 # weight decay, cosine, 3% of warm-up; 1e-3 and about 256 rows a step to align, then 2e-5 and about
 # 128. A row here is one answer, there a whole talk. From the second stage on the tower learns, at
 # 2e-6 as in the config.json of the paper's released vision model, and pictures are cut into up to
@@ -81,7 +81,7 @@ with open("out/stages-clip/config.json", "w") as file:
     json.dump(about, file)
 END
     fi
-    # The last stage's task, as files of one's own: differences on new charts, 200 held out.
+    # The last stage's task, as files of one's own: differences on charts, with some held out.
     if [ ! -d out/stages-questions ]; then
         $python - <<'END'
 import json
