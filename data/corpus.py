@@ -5,6 +5,7 @@ tokenizer, manifest.json and, for each split, shards of about SHARD tokens, trai
 train-00001.bin and so on. progress-SPLIT.json says how many documents the finished shards hold:
 tokenizing can be stopped and goes on."""
 
+import contextlib
 import glob
 import hashlib
 import itertools
@@ -65,7 +66,7 @@ def open_python(files, split):
 def open_texts(data, kind, files=None):
     """Texts that are not empty: whole files of plain text, or the column `text` of a table."""
     if kind == "text":
-        yield from map(read_text, files)
+        yield from filter(None, map(read_text, files))
         return
     for row in stream(kind, files, ["text"]):
         if "text" not in row:
@@ -124,7 +125,7 @@ def find_source(data):
 
 def prepare(data, tokenizer="bpe", vocab_size=4096, log=print, most=None):
     """The Corpus of --data, tokenized on first use and from the cache after that. most: tokens of
-    its training split after which the rest is left out."""
+    each split after which the rest is left out."""
     name, identity, open_split = find_source(data)
     ready = None if tokenizer == "bpe" else load_tokenizer(tokenizer)
     most = FROM_HUB if most is None and not os.path.exists(data) and is_hub_id(data) else most
@@ -132,11 +133,10 @@ def prepare(data, tokenizer="bpe", vocab_size=4096, log=print, most=None):
     key = json.dumps([2, identity, words, *([most] if most else [])])
     folder = os.path.join(CACHE, f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}")
     os.makedirs(folder, exist_ok=True)
-    lock = lock_folder(folder, wait=True)  # another process may be tokenizing the same
-    if not os.path.isfile(os.path.join(folder, "manifest.json")):
-        tokenize(folder, (identity, open_split, most), ready, vocab_size, log)
-    if lock:
-        lock.close()
+    # Another process may be tokenizing the same.
+    with lock_folder(folder, wait=True) or contextlib.nullcontext():
+        if not os.path.isfile(os.path.join(folder, "manifest.json")):
+            tokenize(folder, (identity, open_split, most), ready, vocab_size, log)
     return Corpus(folder)
 
 
@@ -155,7 +155,7 @@ def tokenize(folder, source, tokenizer, vocab_size, log):
         counts[split] = tokenize_split(folder, split, open_split, tokenizer, most or 2**62)
         if not counts[split]["tokens"]:
             raise UserError(
-                f"the {split} split of the data is empty: give more text, or files train and val"
+                f"the {split} split is empty: give {VAL_EVERY} texts, or files train and val"
             )
     manifest = dict(
         vocab_size=tokenizer.vocab_size, tokenizer=tokenizer.hash(), splits=counts, source=identity
@@ -164,12 +164,12 @@ def tokenize(folder, source, tokenizer, vocab_size, log):
 
 
 def first(texts, characters):
-    """Texts until there are this many characters."""
+    """Texts until there are this many characters; the last one is cut."""
     for text in texts:
         if characters <= 0:
             return
+        yield text[:characters]
         characters -= len(text)
-        yield text
 
 
 def tokenize_split(folder, split, open_split, tokenizer, most):
@@ -216,7 +216,7 @@ class Corpus:
 
     def __init__(self, folder):
         self.folder = folder
-        self.manifest = read_json(os.path.join(folder, "manifest.json"))
+        self.manifest = read_json(os.path.join(folder, "manifest.json"), dict, 2**32)
         self.tokenizer = load_tokenizer(folder)
         self.splits = {}
         for split in ("train", "val"):

@@ -48,7 +48,8 @@ def exact(predictions, references):
 
 
 def rouge(predictions, references, **kinds):
-    """Mean F1 with stemming, as XSum is scored; kinds: our name=the rouge-score package's name."""
+    """Mean F1 with stemming, as XSum is scored; kinds: our name=the rouge-score package's name. Its
+    words are of a-z and 0-9: texts of other scripts score 0."""
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(list(kinds.values()), use_stemmer=True)

@@ -1,7 +1,7 @@
 """Files, folders and Hub data sets -> records, which are dicts. Needs no torch.
 
-Tables (.csv, .tsv, .parquet) and the Hub are read by the `datasets` library. JSON is read here, a
-line at a time, so that a line that cannot be used has a number."""
+Tables (.csv, .tsv, .parquet) and the Hub are read by the `datasets` library. A task's JSON is
+read here, a line at a time, so that a line that cannot be used has a number."""
 
 import contextlib
 import glob
@@ -26,8 +26,9 @@ def is_hub_id(name):
 
 
 def split_of(path):
-    """The split that the words of a file's name tell; training data where they tell none."""
-    words = re.split(r"[^a-z]+", os.path.basename(path).lower())
+    """The split that the words of a path tell, the first of them: train/a.jsonl, qa-test.jsonl;
+    training data where they tell none."""
+    words = re.split(r"[^a-z]+", path.lower())
     told = [SPLITS[word] for word in words if word in SPLITS]
     return told[0] if told else "train"
 
@@ -40,7 +41,8 @@ def split_files(path):
     files = [f for f in files if os.path.isfile(f) and not f.lower().endswith(PICTURES)]
     splits = {"train": files, "val": [], "test": []}
     if len(files) > 1:
-        splits = {split: [f for f in files if split_of(f) == split] for split in splits}
+        told = [split_of(os.path.relpath(f, path)) for f in files]
+        splits = {split: [f for f, s in zip(files, told) if s == split] for split in splits}
     if not splits["train"]:
         raise UserError(f"--data={path}: no training files there")
     if not any(os.path.getsize(name) for name in splits["train"]):
@@ -52,9 +54,9 @@ def split_files(path):
 
 
 def read_text(path):
-    """The text of a file as it stands, carriage returns included."""
+    """The text of a file as it stands, carriage returns included, a byte order mark left out."""
     try:
-        with open(path, encoding="utf-8", newline="") as file:
+        with open(path, encoding="utf-8-sig", newline="") as file:
             return file.read()
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 (at byte {error.start})") from None
@@ -120,7 +122,7 @@ def load_dataset(kind, files, columns=(), **options):
 
     datasets.disable_progress_bars()
     if files:
-        options["data_files"] = files
+        options["data_files"] = [glob.escape(file) for file in files]
     if files and kind in ("csv", "tsv"):
         options |= dict(keep_default_na=False, converters=dict.fromkeys(columns, str))
         options["sep"] = "," if kind == "csv" else "\t"
@@ -136,7 +138,7 @@ def in_one_line(kind, files):
     except Exception as error:
         why = (str(error.__cause__ or error).splitlines() or [""])[0][:300]
         if files:
-            raise UserError(f"{files[0]} could not be read: {why}") from None
+            raise UserError(f"{' or '.join(files[:9])} could not be read: {why}") from None
         raise UserError(
             f"{kind} is no path here, and as a Hub data set it could not be loaded "
             f"({type(error).__name__}); give the path of a local copy: --data=PATH, or "
@@ -150,10 +152,10 @@ def stream(kind, files, columns=()):
         yield from load_dataset(kind, files, columns, split="train", streaming=True)
 
 
-def tables(kind, files=None, columns=()):
+def tables(kind, files=None):
     """split -> records, their pictures as Held."""
     with in_one_line(kind, files):
-        found = load_dataset(kind, files, columns)
+        found = load_dataset(kind, files)
     return {SPLITS[split]: records_in(part) for split, part in found.items() if split in SPLITS}
 
 
@@ -187,7 +189,7 @@ def local_records(path, columns):
     """(split, file, records) of each file of a path, or of each pair of line-aligned files."""
     if pairs := aligned_files(path, columns):
         for pair in pairs:
-            split = split_of(pair[0]) if len(pairs) > 1 else "train"
+            split = split_of(os.path.basename(pair[0])) if len(pairs) > 1 else "train"
             yield split, pair[0], aligned_records(pair, columns)
         return
     splits, kind = split_files(path)
@@ -198,5 +200,7 @@ def local_records(path, columns):
             "--target_col=de"
         )
     for split, file in [(split, file) for split, files in splits.items() for file in files]:
-        records = json_records(file) if kind == "json" else tables(kind, [file], columns)["train"]
+        records = json_records(file) if kind == "json" else stream(kind, [file], columns)
+        if kind == "parquet":  # with pictures
+            records = tables(kind, [file])["train"]
         yield split, file, records

@@ -1,6 +1,6 @@
 """What a training loop reads: sets whose rows are a pure function of their numbers. Needs no torch.
 
-    open_data(cfg, say) -> (train_set, valid_set)
+    open_data(cfg, say, n_rows) -> (train_set, valid_set)
 
 Either set has `tokenizer`, `name`, `hash`, `metric`, `varied`, `samples()` and `batch(step, rows)`,
 where `rows` are numbers in the global batch of a step.

@@ -241,7 +241,7 @@ def rows_of(records, task, where):
             bad.append((number, f"column {error} is missing"))
         except (ValueError, TypeError, AttributeError, LookupError) as error:
             bad.append((number, str(error)[:200]))
-    if bad and len(bad) == number and not task.read and not set(task.columns) <= known:
+    if known and len(bad) == number and not task.read and not set(task.columns) <= known:
         raise UserError(
             f"{where} has the columns {', '.join(sorted(known))}, not "
             f"{' and '.join(task.columns)}: choose with --source_col and --target_col"
