@@ -44,7 +44,7 @@ from data.sets import evenly, open_data
 from data.tokenizer import load_tokenizer
 from lib.device import catch_signals, compile_parts, in_chunks, start, to_device
 from lib.runs import Log, new_run, read_run, restore, save_best, save_checkpoint
-from lib.settings import UserError, read_json, read_settings, script, setting
+from lib.settings import UserError, given, read_json, read_settings, script, setting
 from lib.weights import weight_files
 from model import PRESETS, Transformer, read_config, shift_right
 from train import TIMED, evaluate, lr_share, make_model, make_optimizers, steps_that_fit
@@ -53,7 +53,7 @@ from train import TIMED, evaluate, lr_share, make_model, make_optimizers, steps_
 @dataclass
 class Settings:
     teacher: str = setting("", "a decoder-only run on the task, or hf:FOLDER_OR_ID")
-    student: str = setting("nano", "a preset, with --arch and --split, or a run to go on with")
+    student: str = setting(None, "a preset or a run to go on with [--preset]")
     alpha: float = setting(0.5, "share of the divergence in the loss", high=1)
     tau: float = setting(1.0, "temperature that softens both distributions", low=1e-3, high=1e3)
     kl: str = setting("reverse", "KL(student || teacher), or the other way", ("reverse", "forward"))
@@ -61,7 +61,7 @@ class Settings:
     template: str = setting(None, "hf: prompt, with {source} [its chat template, if it has one]")
     finetune_teacher: bool = setting(False, "hf: only train a LoRA adapter of the teacher")
     arch: str = setting("encdec", "or decoder-only: causal, prefix LM", ("encdec", "dec", "prefix"))
-    preset: str = setting("nano", "--student says it", tuple(PRESETS))
+    preset: str = setting("nano", "of a new student, with --arch and --split", tuple(PRESETS))
     split: str = setting("2/3", "the encoder's share of the layers", ("1/3", "1/2", "2/3"))
     cross_rope: bool = setting(None, "RoPE in cross-attention [on]")
     objective: str = setting("seq2seq", "a task, always", ("seq2seq",))
@@ -87,7 +87,7 @@ class Settings:
     label_smoothing: float = setting(0.0, "share of a target that all words get", high=0.99)
     eval_interval: int = setting(None, "steps [an eighth of the run]", low=1)
     eval_rows: int = setting(256, "held-out rows an evaluation; 0 is all", high=2**20)
-    seed: int = setting(1337, "of weights, rows and answers")
+    seed: int = setting(1337, "of weights, rows and the student's answers")
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: str = setting("auto", "of matrix products", ("auto", "float32", "bfloat16", "float16"))
     compile: str = setting("auto", "torch.compile", ("auto", "true", "false"))
@@ -108,7 +108,7 @@ def resolve(cfg):
     if "{source}" not in (cfg.template or "{source}"):
         raise UserError(f"--template={cfg.template} must hold {{source}}")
     cfg.lr = cfg.lr or (2e-4 if cfg.finetune_teacher else None)
-    setattr(cfg, "preset" if cfg.student in PRESETS else "init_from", cfg.student)
+    setattr(cfg, "preset" if cfg.student in PRESETS else "init_from", cfg.student or cfg.init_from)
     return train.resolve(cfg)
 
 
@@ -335,13 +335,14 @@ def answers_loss(teacher, pairs, prompts, rows, world):
 
 
 def finetune(cfg, world, teacher, train_set, valid_set):
-    """Trains the adapter of an hf: teacher. A run that was stopped begins again."""
+    """Trains the adapter of an hf: teacher, and keeps the last one. A run that was stopped cannot
+    go on: it begins again in a new folder."""
     model = teacher.model.train()
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, cfg.lr, betas=(0.9, 0.95), weight_decay=0.0)
     cfg.out = new_run(f"teacher-{train_set.name}", cfg, world, train_set, valid_set)
     train_rows, held_out = ((s.pairs, teacher.prompts(s.pairs)) for s in (train_set, valid_set))
-    share = evenly(len(held_out[1]), cfg.eval_rows)[world.rank :: world.size]
+    own_rows = evenly(len(held_out[1]), cfg.eval_rows)[world.rank :: world.size]
     log, begin, tokens = Log(cfg.out, 0, world), time.perf_counter(), 0
     interval = cfg.eval_interval or math.ceil(cfg.max_iters / 8)
     world.say(f"LoRA: {sum(p.numel() for p in params):,} parameters; {world.describe()}")
@@ -359,8 +360,9 @@ def finetune(cfg, world, teacher, train_set, valid_set):
         loss_sum, targets = world.sum(loss_sum, targets)
         world.sum_gradients(params)
         torch._foreach_div_([p.grad for p in params], targets)
-        torch.nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.step()
+        norm = torch.nn.utils.clip_grad_norm_(params, 1.0).item()
+        if world.usable(loss_sum / targets, norm, step, cfg):
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         tokens += int(targets)
         about = dict(time_s=time.perf_counter() - begin, tokens=tokens)
@@ -370,7 +372,7 @@ def finetune(cfg, world, teacher, train_set, valid_set):
         if (step + 1) % interval == 0 or step + 1 == cfg.max_iters:
             model.eval()
             with torch.no_grad():
-                found = [answers_loss(teacher, *held_out, [row], world) for row in share]
+                found = [answers_loss(teacher, *held_out, [row], world) for row in own_rows]
             nll, n = world.sum(sum(loss.item() for loss, _ in found), sum(n for _, n in found))
             model.train()
             world.say(f"step {step + 1}: val_loss {nll / n:.4f}")
@@ -412,7 +414,7 @@ def main():
     state = dict(step=0, time_s=0.0, tokens=0, max_iters=cfg.max_iters, best=None, last=None)
     if cfg.init_from == "resume":
         state |= restore(cfg.out, model, optimizers, train_set, valid_set, world)
-        cfg.max_iters = cfg.max_iters or state["max_iters"]
+        cfg.max_iters = cfg.max_iters if "max_iters" in given() else state["max_iters"]
     else:
         name = f"distilled-{cfg.arch}-{cfg.preset}-{os.path.basename(cfg.data.rstrip('/'))}"
         cfg.out = new_run(name, cfg, world, train_set, valid_set)

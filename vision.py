@@ -506,7 +506,7 @@ def main():
     state = dict(step=0, time_s=0.0, tokens=0, max_iters=cfg.max_iters, best=None, last=None)
     if cfg.init_from == "resume":
         state |= restore(cfg.out, model, optimizers, train_set, valid_set, world)
-        cfg.max_iters = cfg.max_iters or state["max_iters"]
+        cfg.max_iters = cfg.max_iters if "max_iters" in given() else state["max_iters"]
     else:
         name = f"vision-{cfg.arch}-{cfg.preset}-{os.path.basename(cfg.data.rstrip('/'))}"
         cfg.out = new_run(name, cfg, world, train_set, valid_set)

@@ -188,7 +188,7 @@ def keep_memory():
 
 
 # ----------------------------------------------------------------------------------------------
-# A CPU's ways, put around the model
+# What makes the model faster or smaller, put around it
 
 
 def fast_attention(q, k, v, mask, causal):

@@ -107,13 +107,13 @@ def restore(folder, model, optimizers, train_set, valid_set, world):
 
 def write_run(folder, settings, corpus, **more):
     """run.json, and source/, a copy of the code. `corpus` is the hash of the data."""
-    for name in [*glob.glob("*.py", root_dir=ROOT), *glob.glob("[dl]*/*.[ph]*", root_dir=ROOT)]:
+    kinds = "*.py", "data/*.py", "lib/*.py", "lib/*.html"
+    for name in [name for kind in kinds for name in glob.glob(kind, root_dir=ROOT)]:
         target = os.path.join(folder, "source", name)
         os.makedirs(os.path.dirname(target), exist_ok=True)
         with replacing(target) as new:
             shutil.copyfile(os.path.join(ROOT, name), new)
-    about = dict(command=sys.argv, settings=settings, corpus=corpus, **more)
-    write_json(os.path.join(folder, "run.json"), about)
+    write_json(f"{folder}/run.json", dict(more, command=sys.argv, settings=settings, corpus=corpus))
 
 
 def read_run(folder):

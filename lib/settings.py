@@ -149,7 +149,7 @@ def script(main):
         message = f"{error.strerror or error} ({error.filename or 'a file'})"
     except BaseException as error:
         kind, message = type(error).__name__, " ".join(str(error).split())
-        full = isinstance(error, MemoryError) or "e memory" in message or "of memory" in message
+        full = "MemoryError" in kind or "allocate memory" in message or "of memory" in message
         # Some are known by their names, because their modules are not imported here.
         if not (full or kind in ("UserError", "ModelError", "PanicException")):
             raise
