@@ -303,10 +303,10 @@ def train_tokenizer(texts, vocab_size):
     import rustbpe
 
     n_text = vocab_size - N_SPECIAL
-    if n_text < 257:
+    if n_text < 256:
         raise UserError(
             f"--vocab_size={vocab_size} is too small: {N_SPECIAL} special ids and 256 bytes come "
-            f"first; use at least {N_SPECIAL + 257}, or --tokenizer=bytes"
+            f"first; use at least {N_SPECIAL + 256}, or --tokenizer=bytes"
         )
     trainer, parts = rustbpe.Tokenizer(), (part for text in texts for part in pieces(text))
     trainer.train_from_iterator(parts, n_text, pattern=PATTERN)
