@@ -1,7 +1,7 @@
 #!/bin/bash
 # The paper's four stages on pictures (section 4.2), each from the run of the stage before.
 #
-#     bash assets/stages.sh drawn                     on drawn pictures, meant for 20 minutes
+#     bash assets/stages.sh drawn                     on drawn pictures, half an hour on two cores
 #     WITHOUT="align ocr" bash assets/stages.sh drawn     these left out: what does a stage bring?
 #     bash assets/stages.sh real RUN CLIP ALIGN OCR INSTRUCT TASK
 #

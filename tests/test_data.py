@@ -235,7 +235,7 @@ def write_table(path, columns):
 def test_tables_hold_out_every_twentieth_row_and_lose_none(tmp_path, kind):
     texts = [f'row {i}, "quoted"\nand a second line ✓' for i in range(56)]
     texts += ["NA", "None", "null", "42"]
-    path = tmp_path / f"d.{kind}"
+    path = tmp_path / f"d[1].{kind}"  # a name, no pattern
     write_table(path, dict(id=range(60), text=texts, url="x"))
     corpus = quiet(path.name, "bytes")
     assert all_text(corpus, "val") == "".join(texts[i] + "<eos>" for i in (19, 39, 59))
@@ -246,13 +246,13 @@ def test_tables_hold_out_every_twentieth_row_and_lose_none(tmp_path, kind):
         quiet("other.jsonl", "bytes")
 
 
-def test_a_folder_tells_its_splits_by_file_name(tmp_path):
-    (tmp_path / "d").mkdir()
-    for name in ("train-1", "train-2", "valid", "test"):
+def test_a_folder_tells_its_splits_by_names_of_files_and_folders(tmp_path):
+    for name in ("train-1", "train-2", "val/one", "test/train"):
+        os.makedirs(tmp_path / "d" / os.path.dirname(name), exist_ok=True)
         (tmp_path / "d" / f"{name}.txt").write_text(name)
     corpus = quiet("d", "bytes")
     assert all_text(corpus, "train") == "train-1<eos>train-2<eos>"
-    assert all_text(corpus, "val") == "valid<eos>"
+    assert all_text(corpus, "val") == "val/one<eos>"
     (tmp_path / "d" / "b.jsonl").write_text("{}")
     with pytest.raises(UserError, match="one kind of files"):
         quiet("d", "bytes")
@@ -274,7 +274,7 @@ def test_tokenizing_goes_on_where_it_stopped_and_shards_read_as_one(tmp_path, mo
         return encode(self, batch)
 
     monkeypatch.setattr(Tokenizer, "encode_batch", fails)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as _stopped:  # which must not hold the lock
         quiet("d.jsonl", "bytes")
     assert list((tmp_path / "second").rglob("train-00000.bin"))
     assert not list((tmp_path / "second").rglob("manifest.json"))

@@ -247,8 +247,9 @@ def test_starting_from_the_weights_of_a_run(run_train):
         status, _, err = run_train(word, "--out=c", base=small)
         assert status == 2 and "--init_from" in one_line(err)
     os.rename("a", "moved")
-    fewer = "--init_from=resume", "--out=b", "--max_iters=1"  # than the steps that it has
-    assert run_train(*fewer, base=[])[0] == 0
+    for word in ("--max_iters=1", "--max_iters=3", "--threads=1"):  # fewer, more, none said
+        assert run_train("--init_from=resume", "--out=b", word, base=[])[0] == 0
+    assert torch.load("b/train_state.pt", weights_only=True)["max_iters"] == 3
 
 
 def test_new_runs_never_touch_old_ones(run_train):
