@@ -4,14 +4,17 @@ import json
 import multiprocessing
 import os
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import data.corpus as C
 import data.objectives as O
+import data.sets
 from data.tokenizer import N_SENTINELS, N_SPECIAL, Tokenizer, load_tokenizer, train_tokenizer
 from lib.settings import UserError
+from train import Settings
 
 BYTES = Tokenizer("bytes")
 TEXTS = ["def f(x):\n    return x + 1  # größer, 更大 🙂\n" * 20, "the quick brown fox " * 30]
@@ -73,13 +76,12 @@ def test_tokenizers_of_strangers(tmp_path, bpe):
     bpe.save(tmp_path)
     path = tmp_path / "tokenizer.json"
     good, theirs = json.loads(path.read_text()), json.loads(foreign_bpe(TEXTS).to_str())
-    bad = ["", "{", "[]", '{"format": "other"}', "[" * 200000, '{"format": %s}' % ("9" * 6000)]
+    bad = ["", "[]", '{"format": "other"}', "[" * 200000]
     changes = [dict(pattern="(a+)+$"), dict(pattern="("), dict(ranks=["!"]), dict(ranks=5)]
-    changes += [dict(ranks=good["ranks"][9:]), dict(ranks=good["ranks"] + good["ranks"][-1:])]
+    changes += [dict(ranks=good["ranks"][9:])]
     bad += [json.dumps(good | change) for change in changes]
     hf = dict(good, kind="hf", ranks=None, bos=0, eos=1, begin=-1, source=json.dumps(theirs))
-    for change in (dict(source="{}"), dict(source=7), dict(bos="x"), dict(eos=10**9)):
-        bad.append(json.dumps(hf | change))
+    bad += [json.dumps(hf | change) for change in (dict(source="{}"), dict(eos=10**9))]
     for pattern in ("(?:a|aa)*b", "[(]([^)]\\)|a){9,}"):
         split = dict(type="Split", pattern=dict(Regex=pattern), behavior="Isolated", invert=False)
         bad.append(json.dumps(theirs | dict(pre_tokenizer=split)))
@@ -93,8 +95,6 @@ def test_tokenizers_of_strangers(tmp_path, bpe):
     for usable in (hf, theirs | dict(pre_tokenizer=steps)):
         path.write_text(json.dumps(usable))
         assert load_tokenizer(str(path)).n_text == 300
-    with pytest.raises(UserError, match="no such file"):
-        load_tokenizer("bpee")
     assert bpe.vocab_size == N_SPECIAL + 300 and len(bpe.encode("return")) < 6
     with pytest.raises(UserError, match="vocab_size"):
         train_tokenizer(["x"], 300)
@@ -175,17 +175,18 @@ def test_rows_are_pure_and_fit(name, dec):
 
 
 def test_prefix_rows_are_the_text_cut_in_two_and_ul2_draws_all_of_its_denoisers():
-    objective, kinds = O.OBJECTIVES["ul2"](BYTES, 128, 64), {}
+    objective, kinds, cuts = O.OBJECTIVES["ul2"](BYTES, 128, 64), {}, set()
     ids = np.random.default_rng(2).integers(0, BYTES.n_text, (700, objective.window))
     sources, targets = objective.rows(ids, O.uniforms(0, 0, range(700), objective.n_random))
     for row, source, target in zip(ids, sources, targets):
         spans = sum(i >= BYTES.first_sentinel for i in source)
         text = [i for piece, _ in O.fill_spans(source, target, BYTES) for i in piece]
         text = text if spans else [*source, *target]
+        cuts |= set() if spans else {len(source)}
         assert text == row[: len(text)].tolist()
         kinds[spans, len(target)] = kinds.get((spans, len(target)), 0) + 1
     prefix = sum(n for (spans, _), n in kinds.items() if spans == 0)
-    assert len(kinds) == 7 and abs(prefix / 700 - 1 / 7) < 0.05
+    assert len(kinds) == 7 and abs(prefix / 700 - 1 / 7) < 0.05 and len(cuts) > 30
 
 
 def test_prompts():
@@ -217,6 +218,27 @@ def test_one_text_is_split_by_position_and_keeps_its_carriage_returns(tmp_path):
     assert all_text(corpus, "train") == text[:cut] + "<eos>"
     assert all_text(corpus, "val") == text[cut:] + "<eos>"
     assert corpus.manifest["splits"]["val"]["bytes"] == len(text[cut:].encode())
+
+
+def test_sets_read_all_of_their_own_text(monkeypatch):
+    # Every token is the number of its place.
+    ranges = dict(train=np.arange(4000), val=np.arange(5000, 5500))
+    parts = {split: C.Tokens([places]) for split, places in ranges.items()}
+    corpus = SimpleNamespace(hash="", tokenizer=BYTES, describe=str, splits=parts)
+    monkeypatch.setattr(data.sets, "prepare", lambda *_: corpus)
+    cfg = Settings(arch="dec", objective="causal", src_len=24, tgt_len=8)
+    train_set, valid_set = data.sets.open_data(cfg, str, 8)
+    drawn = np.concatenate([train_set.batch(step, range(8))[1] for step in range(50)])
+    assert 0 <= drawn.min() < 200 and 3800 < drawn.max() < 4000
+    few = next(valid_set.held_out(4, 4))[1]
+    assert (few[0, 0], few[-1, -1]) == (5000, 5499) and (np.diff(few[:, 0]) > 100).all()
+    scored = [tgt[loss_mask] for _, tgt, loss_mask in valid_set.held_out(0, 8)]
+    assert np.concatenate(scored).tolist() == [*range(5001, 5500)]  # every token once
+    cfg.arch, cfg.objective, cfg.src_len, cfg.tgt_len = "encdec", "span", 96, 48
+    spans, rows = data.sets.TextSet(corpus, "val", cfg), np.arange(4)
+    u = O.uniforms(cfg.seed, 0, rows, spans.objective.n_random)  # a training row's
+    starts = np.linspace(0, 500 - spans.objective.window, 4).astype(int)
+    assert not np.array_equal(spans.make(starts, u)[1], next(spans.held_out(4, 4))[1])
 
 
 def write_table(path, columns):
@@ -305,8 +327,6 @@ def test_two_processes_fill_one_cache(tmp_path, text_file):
 BROKEN = [
     ("d.jsonl", b"", "empty"),
     ("d.jsonl", b"{not json}\n", "could not be read"),
-    ("d.jsonl", b'{"text": ' + b"[" * 200000 + b"}\n", "could not be read|column"),
-    ("d.parquet", b"x", "could not be read"),
     ("d.txt", b"\xff", "UTF-8"),
     ("e/.x", b"", "no train"),
 ]

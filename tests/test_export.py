@@ -1,6 +1,5 @@
 """Exported graphs against torch: logits, caches, files, precisions, what a user can do wrong."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -12,7 +11,6 @@ import onnx
 import pytest
 import torch
 from conftest import ROOT, TINY_DEC, TINY_ENC, call, one_line
-from safetensors.torch import load_file, save_file
 
 import export
 import model as M
@@ -253,16 +251,12 @@ def test_no_product_saturates_on_any_cpu(arch, how, tmp_path):
 def test_codes_are_near():
     """Every weight within half a step of its scale, also in the last block, which is not full."""
     weight = np.random.default_rng(0).standard_normal((24, 80)).astype(np.float32)
-    for bits in (4, 8):
-        packed, scales = export.quantize_blocks(weight, bits, 32)
-        flat = packed.reshape(24, -1)
-        codes = flat if bits == 8 else np.stack([flat & 15, flat >> 4], axis=-1).reshape(24, -1)
-        blocks = (codes.astype(np.float32) - 2 ** (bits - 1)).reshape(24, 3, 32)
-        found = (blocks * scales[:, :, None]).reshape(24, -1)[:, :80]
-        step = np.abs(scales).repeat(32, axis=1)[:, :80]
-        assert (np.abs(found - weight) <= step * (1.01 if bits == 4 else 0.51)).all()  # -8 to 7
+    packed, scales = export.quantize_blocks(weight, 8, 32)
+    blocks = (packed.reshape(24, 3, 32).astype(np.float32) - 128) * scales[:, :, None]
+    assert np.abs(blocks.reshape(24, -1)[:, :80] - weight).max() <= 0.51 * np.abs(scales).max()
     codes, scales = export.quantize_rows(weight)
     assert (np.abs(codes * scales[:, None] - weight) <= 0.51 * scales[:, None]).all()
+    assert (np.abs(codes).max(1) >= 63).all()  # all of 7 bits
 
 
 @BOTH
@@ -279,6 +273,24 @@ def test_precisions(arch, tmp_path):
         assert np.abs(found - wanted).mean() < near * np.abs(wanted).mean()
     for graph in graphs_of(tmp_path / "x"):
         assert not {node.op_type for node in graph.node} & {"If", "Loop", "Scan"}
+
+
+@BOTH
+def test_the_report_tells_what_differs(arch, tmp_path):
+    """Of an export of another model: its loss, its logits, its next tokens."""
+    model, other = random_model(arch, tied=False), random_model(arch, tied=False)
+    for p in other.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    (src, tgt, mask), prompts = rows_of(model), prompts_of([5, 7, 6, 4, 9, 8])
+    batch = [x if x is None else torch.from_numpy(x) for x in (src, tgt, mask)]
+    report = export.compare(model, exported(other, tmp_path / "x"), (src, tgt, mask), prompts, 6)
+    with torch.inference_mode():
+        losses = [(m(*batch) / batch[2].sum()).item() for m in (model, other)]
+        a, b = (m.logits(m.states(*batch[:2])) for m in (model, other))
+    assert [report["torch_loss"], report["loss"]] == pytest.approx(losses, rel=1e-4)
+    assert report["loss_change"] == pytest.approx(losses[1] / losses[0] - 1, rel=1e-3)
+    assert report["logit_difference"] == pytest.approx((a - b).abs().max().item(), rel=1e-3)
+    assert 0 < report["agreement"] < 1
 
 
 @BOTH
@@ -367,12 +379,9 @@ def test_bad_input(monkeypatch, capsys):
         assert status == 2
         return one_line(err)
 
-    assert "no run" in refused() and "run.json" in refused("--run=nowhere")
     run_folder(random_model("dec", vocab_size=600), "run", "causal")
     for words, message in (
-        (["--precision=int3"], "--precision"),
         (["--precision=int4", "--static"], "fp32, int8"),
-        (["--src_len=9"], "are for --static"),
         (["--src_len=9", "--static"], "has no encoder"),
         (["--format=run", "--out=x"], "is for hf:"),
         (["--tokenizer=x"], "is for --format=run"),
@@ -381,12 +390,6 @@ def test_bad_input(monkeypatch, capsys):
     assert "is for hf:" in refused("--run=hf:x")
     write_json("run/samples.json", dict(src=None, tgt=[[10**9]], loss_mask=[[True]]))
     assert "samples.json is damaged" in refused("--run=run")
-    weights = load_file("run/model.safetensors")
-    weights["dec_norm.weight"][3] = torch.nan
-    save_file(weights, "run/model.safetensors")
-    assert "not finite" in refused("--run=run")
-    os.remove("run/model.safetensors")
-    assert "model.safetensors is missing" in refused("--run=run")
     assert sorted(os.listdir()) == ["run"]
 
 
@@ -394,18 +397,14 @@ def test_a_damaged_or_absurd_export_is_refused(tmp_path):
     folder = tmp_path / "x"
     exported(random_model("dec"), folder, "int8")
     about = read_json(folder / "export.json")
-    wrong = dict(vocab_size=10**40, head_dim=2, n_enc=1, static=True, tgt_len="16", n_head=4)
-    wrong |= dict(rope_theta=float("nan"), pad_id=10**6, eos_id=[2], precision=None)
-    texts = [json.dumps(about | {key: value}) for key, value in wrong.items()]
-    for text in (*texts, "", "[" * 100_000, "9" * 6000, "[]", "{}"):
-        (folder / "export.json").write_text(text)
+    for wrong in (dict(vocab_size=10**40), dict(n_enc=1), dict(eos_id=[2]), dict(head_dim=2)):
+        write_json(folder / "export.json", about | wrong)
         with pytest.raises(UserError):
             Exported(folder)
     write_json(folder / "export.json", about)
     for name in ("decoder.onnx", "weights.bin"):
         whole = (folder / name).read_bytes()
-        for bad in (whole[: len(whole) // 2], b""):
-            (folder / name).write_bytes(bad)
-            with pytest.raises(UserError, match="cannot be loaded"):
-                Exported(folder)
+        (folder / name).write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(UserError, match="cannot be loaded"):
+            Exported(folder)
         (folder / name).write_bytes(whole)

@@ -159,7 +159,7 @@ class Code:
 def test_folders_of_strangers(run_export):
     make_model("theirs", "llama", True)
     make_tokenizer("theirs", True)
-    about, state = read_json("theirs/config.json"), load_file("theirs/model.safetensors")
+    about = read_json("theirs/config.json")
     index = "theirs/model.safetensors.index.json"
 
     def refused(run="hf:theirs"):
@@ -176,20 +176,14 @@ def test_folders_of_strangers(run_export):
         (dict(num_hidden_layers=10**9), "num_hidden_layers|n_dec"),
         (dict(vocab_size=10**6), "embed.weight"),
         (dict(model_type="gpt2"), "--teacher=hf:"),
-        (dict(rope_parameters=dict(rope_type="llama3", factor=8.0)), "rope_type=llama3"),
         (dict(rope_scaling=dict(type="yarn"), rope_parameters=None), "rope_type=yarn"),
         (dict(hidden_act="gelu"), "hidden_act=gelu"),
     ):
         put(about | change)
         assert any(word in refused() for word in says.split("|")), change
     put(about)
-    for names in ({"a": "../outside.safetensors"}, {}, {"a": "gone.safetensors"}):
-        put(dict(weight_map=names), index)
-        assert "index" in refused() or "missing" in refused()
+    put(dict(weight_map={"a": "../outside.safetensors"}), index)
+    assert "index" in refused()
     os.remove(index)
-    bad = {name: p.clone() for name, p in state.items()}
-    bad["model.norm.weight"][0] = torch.nan
-    save_file(bad, "theirs/model.safetensors")
-    assert "not finite" in refused()
     save_file({"x": torch.ones(100000)}, "theirs/model.safetensors")
     assert "do not fit" in refused() and "no such folder" in refused("hf:./gone")

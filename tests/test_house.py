@@ -61,6 +61,16 @@ def test_lines_and_functions_are_short():
     assert not wrong
 
 
+def test_the_three_loops_are_one():
+    """What train.py's loop does with steps, rates, time and state, the other two do, too."""
+    loops = {name: source.partition("\n    stop, seconds")[2] for name, source, _ in files()}
+    words = "interval state share seconds optimizer usable clip_grad stopping".split()
+    for line in loops["train.py"].replace("is_better", "train.is_better").split("\n"):
+        ruled = any(word in line for word in words) and "#" not in line
+        assert not ruled or line in loops["distill.py"], line
+        assert not ruled or line.replace("train.is", "is") in loops["vision.py"], line
+
+
 def imported(tree):
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):

@@ -1,12 +1,9 @@
 """sample.py: prompts, holes, streaming, beams, attention, a race, what a user can get wrong."""
 
-import html
 import io
 import itertools
 import json
 import os
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,12 +11,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_DEC, TINY_ENC, call, one_line
+from conftest import call, one_line
 from PIL import Image
 from test_model import tiny
 
 import sample
-import train
 from data.images import VisionConfig
 from data.objectives import make_prompt
 from data.tokenizer import Tokenizer
@@ -142,14 +138,6 @@ def test_bad_input(talk, words):
     assert status == 2 and BAD[words] in one_line(err)
 
 
-def test_a_trained_run_answers(talk, monkeypatch, capsys, text_file):
-    for base in (TINY_ENC, TINY_DEC):
-        words = [*base, f"--data={text_file}", "--max_iters=3"]
-        assert call(train.main, words, monkeypatch, capsys)[0] == 0
-        status, out, err = talk("--prompt=abc <mask> d", "--max_new_tokens=4")
-        assert status == 0 and out.startswith("abc "), err
-
-
 def test_a_task_run_prints_its_answer_alone(talk):
     make_run("out/a", "seq2seq")
     assert make_prompt("seq2seq", "ab", BYTES, False) == [97, 98, BYTES.eos]
@@ -182,7 +170,9 @@ def test_pictures_are_read_and_shown(talk, arch, tokens):
     words = ["--prompt=What?", "--image=red.png", "--max_new_tokens=4"]
     status, first, err = talk(*words, "--show_attention=a.html", "--show_tokens=tokens.png")
     assert status == 0 and Image.open("tokens.png").size == (32, 21), err
-    assert first == talk(*words, "--beams=1")[1]
+    assert talk(*words, "--beams=2")[0] == 0
+    drawn = [talk(*words, "--temperature=9", f"--seed={seed}")[1] for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2] and first not in drawn
     status, out, _ = talk(*words, "--num_samples=2", "--temperature=1")
     assert status == 0 and out.count("-" * 80) == 2
     data = page_data("a.html")
@@ -191,11 +181,6 @@ def test_pictures_are_read_and_shown(talk, arch, tokens):
     assert data["decoder_only"] == (arch == "dec")
     status, _, err = talk(*words, "--prompt=<image><image>")
     assert status == 2 and "2 <image>" in one_line(err)
-    if shutil.which("chromium"):
-        script = """const c = document.querySelector("canvas"), pen = c.getContext("2d");
-            const rgba = pen.getImageData(0, 0, c.width, c.height).data;
-            out.lit = rgba.filter((x, i) => i % 4 === 3 && x > 0).length / rgba.length;"""
-        assert in_browser("a.html", script)["lit"] > 0.1
 
 
 def page_data(path):
@@ -203,54 +188,14 @@ def page_data(path):
     return json.loads(page.split('<script type="application/json" id="data">')[1].split("</s")[0])
 
 
-def in_browser(path, script):
-    """Runs a script on a loaded page; what it puts into `out` comes back."""
-    result = "add(document.body, 'pre', JSON.stringify(out)).id = 'result';"
-    hook = f"addEventListener('load', () => {{ const out = {{}}; {script} {result} }});"
-    page = f"{Path(path).read_text('utf-8')}<script>{hook}</script>"
-    Path("hooked.html").write_text(page, encoding="utf-8")
-    here, words = os.getcwd(), "chromium --headless --no-sandbox --disable-gpu --dump-dom"
-    words = [*words.split(), f"--user-data-dir={here}/profile", f"file://{here}/hooked.html"]
-    dom = subprocess.run(words, capture_output=True, text=True, timeout=120).stdout
-    return json.loads(html.unescape(dom.split('id="result">')[1].split("</pre>")[0]))
-
-
-HOSTILE = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>"
-
-
-@pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
-def test_a_page_of_a_thousand_tokens_in_a_browser():
-    """Token t of the answer looks at source token t, in the second layer at the one before."""
-    n, weights = 1000, np.full((2, 2, 1000, 1000), 1e-4, np.float32)
-    weights[0, :, range(n), range(n)] = 0.9
-    weights[1, :, range(n), np.arange(n) - 1] = 0.5
-    source, answer = list((HOSTILE * 20).encode()[:n]), list(b"abc\n " * 200)
-    probs = np.full((n, BYTES.vocab_size), 1e-3)
-    probs[range(n), answer] = 0.7
-    draw("a.html", weights, probs, source, answer, BYTES, run="r", decoder_only=False, pictures=[])
-    script = """
-        const find = css => [...document.querySelectorAll(css)], spans = find("#answer .token");
-        const lit = () => find("#source .token").findIndex(x => x.classList.contains("top"));
-        const key = name => document.dispatchEvent(new KeyboardEvent("keydown", {key: name}));
-        const begin = performance.now();
-        spans[500].dispatchEvent(new PointerEvent("pointerover", {bubbles: true}));
-        getComputedStyle(find("#source .token")[500]).backgroundColor;
-        out.ms = performance.now() - begin;
-        out.hover = [lit(), find("#likely .chosen")[0].textContent];
-        spans[7].click();
-        key("ArrowRight");
-        out.right = [lit(), document.activeElement.getAttribute("aria-label")];
-        ["ArrowDown", "ArrowDown", "ArrowDown"].forEach(key);
-        out.down = [lit(), $("layer").value];
-        key("End");
-        out.end = find("[aria-selected=true]").map(x => x.dataset.t);
-        out.source = $("source").textContent;
-        out.hacked = window.hacked === 1 || find("img").length > 0;"""
-    out = in_browser("a.html", script)
-    assert out["ms"] < 1000 and out["hover"] == [500, "a70%"]
-    assert out["right"] == [8, "token 9 of 1000, ↵, probability 70%"]
-    assert out["down"] == [7, "1"] and out["end"] == ["999"]
-    assert out["source"].startswith(HOSTILE) and not out["hacked"]
+def test_a_page_is_no_door_for_its_text():
+    text = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>"
+    source, answer = list(text.encode()), list(b"abc")
+    weights, probs = np.ones((2, 2, 3, len(source))), np.ones((3, BYTES.vocab_size))
+    draw("a.html", weights, probs, source, answer, BYTES, run=text, decoder_only=0, pictures=[])
+    page = Path("a.html").read_text("utf-8")
+    assert "<script>window" not in page and "<img src=x" not in page
+    assert page_data("a.html")["run"] == text
 
 
 def test_a_race(talk):

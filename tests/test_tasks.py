@@ -18,6 +18,7 @@ from data.sets import Pairs, TaskSet
 from data.tasks import TASKS, docstring_rows, is_task, load_task, names_rows
 from data.tokenizer import Tokenizer
 from lib.settings import UserError
+from model import Transformer
 
 SOURCE = textwrap.dedent('''
     class A:
@@ -199,7 +200,9 @@ def test_batches_by_length_are_a_pure_function_of_the_step(dec):
     widest = [(lengths[r].sum(1) + 1).max() if dec else lengths[r].max(0).sum() for r in epoch]
     computed = [width * len(rows) for width, rows in zip(widest, epoch)]
     assert max(computed) <= 1024 and lengths.sum() / sum(computed) > 0.9
+    assert abs(np.corrcoef(widest, range(n))[0, 1]) < 0.4  # in no order
     later = [order.rows(step) for step in range(2 * n)]
+    assert {*map(tuple, epoch)} != {*map(tuple, later[n:])}
     again = TaskSet(TASKS["pairs"], pairs, 8, cfg)
     for step in (n + 3, 0, n - 1):  # in any order
         assert (again.rows(step) == later[step]).all()
@@ -234,7 +237,8 @@ def test_learns_to_translate_letters(base, tmp_path, monkeypatch, capsys):
     status, out, err = call(train.main, argv, monkeypatch, capsys)
     assert status == 0, err
     assert "--vocab_size=300 is ignored: --tokenizer=bytes has 517 ids" in out + err
-    assert "held-out sources are in train, too" in out + err
+    assert "held-out sources are in train, too" in out + err and "val: 20 rows" in out + err
+    assert Transformer.load("run").config.cross_rope == (base is TINY_ENC)
     last = log_rows("run", "exact")[-1]
     assert last["shuffled_loss"] > 2 * last["val_loss"] and last["exact"] > 20
     assert os.path.exists("run/best.safetensors")
@@ -250,7 +254,6 @@ BAD = [
     (GOOD + "{broken\n" * 1000, "1000 of 1001 rows cannot be used.* are 2, 3, 4"),
     (GOOD + '\n{"source": "\\ud83d", "target": "b"}\n', "are 3 .*surrogates"),
     ('{"x": "a", "y": "b"}\n' * 3, "has the columns x, y, not source and target"),
-    (GOOD + '{"source": ' + "[" * 200000 + "}\n", "1 of 2 rows cannot be used"),
     (GOOD + '{"source": ' + "9" * 6000 + "}\n[]\n", "2 of 3 rows cannot be used"),
     ("[" * 200000, "cannot be read as JSON"),
 ]
@@ -268,8 +271,7 @@ def test_bad_rows_are_named(case, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "name, says",
     [("squad", "could not be loaded.*--data=TASK:PATH"), ("translate", "needs a path")]
-    + [("someone/rows", "could not be loaded.*--data=PATH"), ("xsum:nowhere", "no such file")]
-    + [("docstring:x", "without a path")],
+    + [("xsum:nowhere", "no such file"), ("docstring:x", "without a path")],
 )
 def test_what_is_not_there(name, says):
     with pytest.raises(UserError, match=says):
