@@ -457,9 +457,10 @@ class Transformer(nn.Module):
     def decode(self, tokens, encoded=None, src_mask=None, cache=None):
         """States (B, T, C) of the decoder after `tokens` (B, T), which are inputs, already shifted.
 
-        Without a cache, `tokens` are the whole sequence and `encoded` is what `encode` gave; in a
-        prefix LM src_mask (B, T) is True at the prompt. With one, they follow what the cache holds,
-        any number at a time, and the source is already inside."""
+        Without a cache, `tokens` are the whole sequence, whose padding counts where RoPE is
+        stretched, and `encoded` is what `encode` gave; in a prefix LM src_mask (B, T) is True at
+        the prompt. With one, they follow what the cache holds, any number at a time, and the source
+        is already inside."""
         T, device = tokens.size(1), tokens.device
         positions, key_rope = torch.arange(T, device=device)[None], None
         if cache is None:

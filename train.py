@@ -38,7 +38,7 @@ class Settings:
     split: str = setting("2/3", "the encoder's share of the layers", ("1/3", "1/2", "2/3"))
     n_enc: int = setting(None, "encoder layers, not --split", high=256)
     n_dec: int = setting(None, "decoder layers, not --split", low=1, high=256)
-    cross_rope: bool = setting(None, "RoPE in cross-attention [on for tasks]")
+    cross_rope: bool = setting(None, "RoPE in cross-attention [on for tasks; the run's]")
     objective: str = setting(None, "[span; causal for dec; prefix]", tuple(OBJECTIVES))
     data: str = setting(
         "pycode", "pycode, pycode-full, a task, a path, a Hub id; see data/tasks.py"
@@ -283,6 +283,7 @@ def main():
     model = world.place(make_model(cfg, train_set.tokenizer))
     optimizers = make_optimizers(model, cfg, world)
     params = [p for p in model.parameters() if p.requires_grad]
+    fit_memory(model, train_set, cfg, world)
     state = dict(step=0, time_s=0.0, tokens=0, max_iters=cfg.max_iters, best=None, last=None)
     if cfg.init_from == "resume":
         state |= restore(cfg.out, model, optimizers, train_set, valid_set, world)
@@ -291,7 +292,6 @@ def main():
         name = f"{cfg.arch}-{cfg.preset}-{os.path.basename(cfg.data.rstrip('/'))}"
         cfg.out = new_run(name, cfg, world, train_set, valid_set)
     pad, metric = train_set.tokenizer.pad, train_set.metric  # metric: chooses the best checkpoint
-    fit_memory(model, train_set, cfg, world)
     if world.compile:
         early = range(16 if train_set.varied else 1)
         rows = world.rows(0, cfg.batch_size)

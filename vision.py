@@ -20,7 +20,7 @@ main, whose loop is train.py's with pictures. More ways to call it:
     python vision.py --data=charts --init_from=out/tables --batch_size=4 --lr=4e-3     answers
     python vision.py --data=my.jsonl               your own: columns image (a path), source, target
 
-Stages: `align` trains what is new between a tower and a language model that were both trained
+Stages: `align` trains what is new between a tower from a file and a language model, both trained
 before; `ocr`, `instruct` and `task` train the language model, too. A tower from a file stays as it
 is without --tower_lr. assets/stages.sh has all four with the recipes of LLaVA-1.5.
 """
@@ -76,7 +76,7 @@ class Settings:
     look: str = setting(None, "the stack that looks at pictures [none]", CHOICES["look"])
     tower_lr: float = setting(0.0, "of a tower from a file; at 0 it does not learn", high=100)
     arch: str = setting("encdec", "encoder-decoder, or decoder-only", ("encdec", "dec"))
-    preset: str = setting("nano", "size, with the defaults tuned for it", tuple(lm.PRESETS))
+    preset: str = setting("nano", "size, with the rates tuned for it", tuple(lm.PRESETS))
     split: str = setting("2/3", "the encoder's share of the layers", ("1/3", "1/2", "2/3"))
     tokenizer: str = setting("bpe", "bpe (trained on the data), gpt2, bytes, or a file or folder")
     vocab_size: int = setting(None, "of a trained vocabulary", high=2**20)
@@ -85,7 +85,7 @@ class Settings:
     init_from: str = setting("scratch", "scratch, resume (the run in --out), or a run folder")
     out: str = setting(None, "run folder [a new one in out/]")
     max_iters: int = setting(None, "optimizer steps [as fit into --max_minutes]", low=1)
-    max_minutes: float = setting(None, "training time [the preset's]", low=1e-3)
+    max_minutes: float = setting(None, "training time [10; large presets: theirs]", low=1e-3)
     batch_size: int = setting(None, "rows a forward pass", low=1, high=2**16)
     grad_accum: int = setting(1, "forward passes a step, on each device", low=1, high=2**16)
     optimizer: str = setting("muon", "of the matrices; the rest has AdamW", ("muon", "adamw"))
@@ -459,7 +459,7 @@ def make_model(cfg, tokenizer, vision, tower_weights):
 @torch.no_grad()
 def evaluate(model, valid_set, cfg, world, step):
     """Loss and scores of the held-out rows. blank_loss is the loss when every picture is replaced
-    by its plain background: what is known without looking. Shows an example."""
+    by the mean that is subtracted: what is known without looking. Shows an example."""
     model.eval()
     pairs, loss, texts, n = valid_set.pairs, {True: 0.0, False: 0.0}, [], 0
     rows = sorted(evenly(len(pairs.rows), cfg.eval_rows), key=lambda k: -len(pairs.sources[k]))

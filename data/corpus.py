@@ -115,7 +115,7 @@ def find_source(data):
         rule = last_tenth if kind == "text" and len(used) == 1 else held_out
         return name, [kind, facts], lambda split: rule(open_texts(data, kind, used), split)
     if not is_hub_id(data):
-        raise UserError(f"--data={data}: no such file or folder, and no built-in name")
+        raise UserError(f"--data={data}: no such file or folder, and no text or task here")
     return data.replace("/", "--"), [data], lambda split: held_out(open_texts(data, data), split)
 
 

@@ -5,8 +5,8 @@ A picture larger than the tower's input is seen twice (paper, section 4.1; "any 
 LLaVA-NeXT). The thumbnail is the whole picture, squeezed into one input. The tiles are inputs that
 lie side by side on a grid; the picture is drawn on them with its sides in proportion. Its tokens:
 those of the thumbnail, then those of the tiles, one row of patches after the other across the whole
-picture, with a marker behind each row. Patches of padding are left out. With `tokens` other than
-"all" there are fewer:
+picture, with a marker behind each row, read or not. Patches of padding are left out. With `tokens`
+other than "all" there are fewer:
 
     variance   the thumbnail, and the share `keep` of the tiles whose grey values have the largest
                standard deviation (sections 4.2 and 5.2). The tower reads these alone

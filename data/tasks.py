@@ -286,7 +286,7 @@ def fill(task, name, path, say, hub_splits=("train", "val", "test")):
         found = tables(hub).items()
         parts = [(split, f"{hub}, {split}", part) for split, part in found if split in hub_splits]
     else:
-        raise UserError(f"--data={name}: no such file or folder, and no task of data/*tasks.py")
+        raise UserError(f"--data={name}: no such file or folder, and no task of this script")
     for split, where, records in parts:
         task.splits.setdefault(split, []).extend(rows_of(records, task, where))
     return hold_out(task, name, say)

@@ -261,10 +261,10 @@ def recomputed(forward, *inputs):  # a frame of its own, which torch.compile loo
 
 
 def fit_memory(model, train_set, cfg, world):
-    """Before training on a GPU: one pass over the largest of the first batches, beside room for the
+    """Before training on CUDA: one pass over the largest of the first batches, beside room for the
     optimizers. Where memory is short, rows a pass are halved and passes doubled until it fits; the
     rows of a step stay what they are."""
-    while world.device.type != "cpu":
+    while world.device.type not in ("cpu", "mps"):
         batches = [train_set.batch(step, world.rows(0, cfg.batch_size)) for step in range(16)]
         largest = max(batches, key=lambda batch: sum(np.size(part) for part in batch[:2]))
         room = []
@@ -276,10 +276,10 @@ def fit_memory(model, train_set, cfg, world):
         if all(world.gather(room[-1:] == ["enough"])):
             return
         if cfg.batch_size % 2:
-            raise UserError(f"--batch_size={cfg.batch_size} rows do not fit into {world.device}")
+            raise UserError(f"--batch_size={cfg.batch_size} does not fit: choose a smaller one")
         cfg.batch_size, cfg.grad_accum = cfg.batch_size // 2, cfg.grad_accum * 2
         size = f"--batch_size={cfg.batch_size} --grad_accum={cfg.grad_accum}, the same rows"
-        world.say(f"{world.device} has too little memory: going on with {size}")
+        world.say(f"too little memory: going on with {size}")
 
 
 def pack(model):
@@ -346,10 +346,11 @@ class StaticCache(Cache):
 
 
 class StaticSteps:
-    """Takes the place of model.decode, for one request at a time: steps of one token run as
-    compiled code of fixed shapes, on a GPU as one CUDA graph instead of hundreds of launches that
-    each take longer than their work. A graph is recorded for addresses, so a request moves into
-    tensors that stay; their lengths are multiples of 128, so that a graph serves many requests."""
+    """Takes the place of model.decode, for one request at a time, and not with --look: steps of one
+    token run as compiled code of fixed shapes, on a GPU as one CUDA graph instead of hundreds of
+    launches that each take longer than their work. A graph is recorded for addresses, so a request
+    moves into tensors that stay; their lengths are multiples of 128, so that a graph serves many
+    requests."""
 
     def __init__(self, model, **how):
         torch._dynamo.config.recompile_limit = 64  # shapes

@@ -76,24 +76,28 @@ def new_run(name, cfg, world, train_set, valid_set, **more):
             raise UserError(f"--out={folder}: not empty; change or clear it, or --init_from=resume")
         os.makedirs(folder, exist_ok=True)
         world.lock = lock_folder(folder)
-        write_run(folder, dataclasses.asdict(cfg), f"{train_set.hash} {valid_set.hash}", **more)
+        write_run(folder, dataclasses.asdict(cfg), rows_of(train_set, valid_set, world), **more)
         train_set.tokenizer.save(folder)
         write_json(os.path.join(folder, "samples.json"), valid_set.samples())
     return world.agree(folder)
 
 
+def rows_of(train_set, valid_set, world):
+    """What the rows of a step follow from: the data and the number of processes."""
+    return f"{train_set.hash} {valid_set.hash}" + f" {world.size}" * (world.size > 1)
+
+
 def restore(folder, model, optimizers, train_set, valid_set, world):
     """Puts a checkpoint into model and optimizers and returns its state. UserError where the data
-    is not what the run was begun with: it could not go on as if it had never stopped."""
+    or the number of processes is not what the run was begun with: it could not go on as if it had
+    never stopped."""
     import torch
 
     if world.rank == 0:
         world.lock = lock_folder(folder)
-    if read_run(folder).get("corpus") != f"{train_set.hash} {valid_set.hash}":
-        raise UserError(f"{folder} cannot be resumed exactly: its data has changed since, or moved")
+    if read_run(folder).get("corpus") != rows_of(train_set, valid_set, world):
+        raise UserError(f"{folder} cannot go on: its data has changed, or the number of processes")
     path = os.path.join(folder, "train_state.pt")
-    if not os.path.isfile(path):
-        raise UserError(f"{folder} has no checkpoint to resume from: train_state.pt is missing")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         model.load_state_dict(state.pop("model"))
@@ -102,7 +106,7 @@ def restore(folder, model, optimizers, train_set, valid_set, world):
             optimizer.load_state_dict(saved)
         return state
     except Exception as error:  # pickle, zipfile and torch raise their own kinds
-        raise UserError(f"{path} is truncated, or of other code ({error})"[:300]) from None
+        raise UserError(f"{path} is missing, truncated or of other code ({error})"[:300]) from None
 
 
 def write_run(folder, settings, corpus, **more):

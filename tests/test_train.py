@@ -362,7 +362,7 @@ def test_bad_run_folders(run_train, text_file):
     state.write_bytes(state.read_bytes()[:-500])
     assert "truncated" in refused()
     state.unlink()
-    assert "no checkpoint" in refused()
+    assert "missing" in refused()
     pathlib.Path(text_file).write_text("other words " * 3000)
     assert "data has changed" in refused()
 
