@@ -566,23 +566,22 @@ def score_of(sums, n_rows):
 
 
 def bootstrap(ours, theirs, draws=4000, seed=0):
-    """Row scores of two kinds of runs, (seeds, rows, k) each, on the same seeds and rows -> (lead,
-    low, high): the mean lead over the seeds, and its 95% interval.
+    """Row scores of two kinds of runs, (seeds, rows, k) each, on the same rows -> (lead, low,
+    high): the lead of the mean over the seeds, and its 95% interval.
 
-    Each draw takes rows with replacement, the same for both kinds and all seeds (Koehn, 2004), then
-    seeds with replacement. n seeds drawn with replacement vary less than n new seeds would, by a
-    factor of (n - 1) / n in the variance, which is given back."""
-    rng, (n_seeds, n_rows, _) = np.random.default_rng(seed), ours.shape
-    leads = np.empty((draws, n_seeds))
+    Each draw takes rows with replacement, the same for all runs (Koehn, 2004). What other seeds
+    would change is added to it as Welch's t has it: few seeds tell little of their own spread."""
+    rng, n_rows, leads = np.random.default_rng(seed), ours.shape[1], np.empty(draws)
     for draw in range(draws):
         times = np.bincount(rng.integers(n_rows, size=n_rows), minlength=n_rows)
-        leads[draw] = score_of(times @ ours, n_rows) - score_of(times @ theirs, n_rows)
-    mean = leads.mean(1, keepdims=True)
-    around = (leads - mean) * math.sqrt(n_seeds / max(1, n_seeds - 1))
-    around = np.take_along_axis(around, rng.integers(n_seeds, size=leads.shape), 1)
-    low, high = np.percentile(mean[:, 0] + around.mean(1), (2.5, 97.5))
-    lead = (score_of(ours.sum(1), n_rows) - score_of(theirs.sum(1), n_rows)).mean()
-    return float(lead), float(low), float(high)
+        means = (score_of(times @ side, n_rows).mean() for side in (ours, theirs))
+        leads[draw] = np.subtract(*means)
+    scores = [score_of(side.sum(1), n_rows) for side in (ours, theirs)]
+    errors = [side.var(ddof=len(side) > 1) / len(side) + 1e-12 for side in scores]
+    parts = [error**2 / max(1, len(side) - 1) for error, side in zip(errors, scores)]
+    leads += math.sqrt(sum(errors)) * rng.standard_t(sum(errors) ** 2 / sum(parts), draws)
+    low, high = np.percentile(leads, (2.5, 97.5))
+    return float(scores[0].mean() - scores[1].mean()), float(low), float(high)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -622,8 +621,8 @@ def bench_compare(cfg):
     1. A run whose shuffled loss is not at least 0.3 nats above its loss has not learnt to read its
        source. It makes a comparison invalid, not won. With pictures, the loss on blank ones counts.
     2. A lead is the mean difference of the task's own metric over the seeds. Its 95% interval comes
-       from a bootstrap over test rows, paired, and over seeds. It counts only if the interval
-       excludes zero under equal tokens and under equal minutes.
+       from a bootstrap over test rows, paired, and Welch's t over seeds, of which there are two
+       or more. It counts only if the interval excludes zero under equal tokens and equal minutes.
     3. Runs are by steps, so that a busy machine changes nothing. Equal tokens are --max_iters steps
        of each. Equal minutes are --max_minutes over the time of a step, and those times are
        measured for all in turns, in one quiet sitting.
@@ -780,8 +779,8 @@ def run_trial(cfg, trial):
 
 
 def judge(ours, theirs):
-    """The rule, for the runs of two kinds, seed by seed -> a dict. verdict: leads, trails,
-    undecided, or why the comparison is invalid."""
+    """The rule, for the runs of two kinds -> a dict. verdict: leads, trails, undecided, which one
+    seed always is, or why the comparison is invalid."""
     for run in [*ours, *theirs]:
         worth = run.get("shuffled_loss", run.get("blank_loss", 0)) - run["val_loss"]
         if worth < TO_READ:
@@ -790,10 +789,10 @@ def judge(ours, theirs):
     if len({run["rows_hash"] for run in [*ours, *theirs]}) > 1:
         raise UserError("the runs were scored on different rows: use another --results file")
     scores = [np.array([run["row_scores"] for run in runs]) for runs in (ours, theirs)]
-    lead, low, high = bootstrap(*scores)
-    found = dict(metric=ours[0]["metric"], lead=round(lead, 3), low=round(low, 3))
-    verdict = "leads" if low > 0 else "undecided"
-    return found | dict(high=round(high, 3), verdict="trails" if high < 0 else verdict)
+    found = dict(zip(("lead", "low", "high"), np.round(bootstrap(*scores), 3).tolist()))
+    decided = min(map(len, scores)) > 1 and not found["low"] <= 0 <= found["high"]
+    verdict = ("trails", "leads")[found["lead"] > 0] if decided else "undecided"
+    return dict(metric=ours[0]["metric"], **found, verdict=verdict)
 
 
 def report(cfg, groups):

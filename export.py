@@ -159,6 +159,16 @@ class Graph:
         self.tensors[name] = onnx.numpy_helper.from_array(array, name)
         return name
 
+    def keys_values(self, x, attn, rope, seen=None):
+        """Keys and values of x; keys of `seen`, where it is given. Axis 1 of both is the time."""
+        k = self.heads(self.linear(seen or x, attn.wk), attn.k_norm, attn.n_kv_head, rope)
+        if attn.shift:  # the first head lies one place later, behind a zero
+            first = np.arange(attn.n_kv_head * attn.head_dim) < attn.head_dim
+            first = first.reshape(-1, 1, attn.head_dim) if isinstance(self, Plain) else first
+            later = self.op("Pad", k, self.ints(0, 1, 0, 0, -1, 0))
+            k = self.op("Where", self.vector("first_head", first), later, k)
+        return k, self.heads(self.linear(x, attn.wv), None, attn.n_kv_head, None)
+
     def parameters(self, module):
         """The name of a module, its weight and its bias, as arrays."""
         self.weights.modules.add(self.names[module])
@@ -330,8 +340,7 @@ class Fused(Graph):
         if self.bits:
             block = block_of(self.cfg.n_embd)
             packed, scales = quantize_blocks(weight, self.bits, block)
-            packed = packed.reshape(len(weight), -1)
-            packed = self.weight(f"{name}.int{self.bits} as rows", packed)
+            packed = self.weight(f"{name}.int{self.bits} as rows", packed.reshape(len(weight), -1))
             scales = self.weight(f"{name}.scales{self.bits}", scales)
             how = dict(bits=self.bits, block_size=block, gather_axis=0, quantize_axis=1)
             x = self.op("GatherBlockQuantized", packed, tokens, scales, domain=MS, **how)
@@ -368,10 +377,6 @@ class Fused(Graph):
             return x
         return self.op("RotaryEmbedding", x, *rope, domain=MS, num_heads=n_head)
 
-    def keys_values(self, x, attn, rope, seen=None):
-        k = self.heads(self.linear(seen or x, attn.wk), attn.k_norm, attn.n_kv_head, rope)
-        return k, self.linear(x, attn.wv)
-
     def self_attention(self, x, attn, layer=None):
         """GroupQueryAttention masks by each row's own length, and writes keys and values into the
         caches of decoder layer `layer`. The encoder has none."""
@@ -407,8 +412,7 @@ class Fused(Graph):
         q = self.op("Reshape", q, self.ints(0, -1, H * D)) if members > 1 else q
         names = f"memory_key_{layer}", f"memory_value_{layer}"
         memory = [self.input(name, "rows", H, "source", D) for name in names]
-        how = dict(domain=MS, num_heads=H)
-        y = self.op("MultiHeadAttention", q, *memory, "", self.source, **how)
+        y = self.op("MultiHeadAttention", q, *memory, "", self.source, domain=MS, num_heads=H)
         y = self.op("Reshape", y, self.ints(0, -1, members * H * D)) if members > 1 else y
         name, weight, bias = self.parameters(attn.wo)
         return self.matmul(y, name, weight[:, order], bias)
@@ -498,10 +502,6 @@ class Plain(Graph):
         right = self.op("Add", self.op("Mul", b, cos), self.op("Mul", a, sin))
         return self.op("Concat", left, right, axis=-1)
 
-    def keys_values(self, x, attn, rope, seen=None):
-        k = self.heads(self.linear(seen or x, attn.wk), attn.k_norm, attn.n_kv_head, rope)
-        return k, self.heads(self.linear(x, attn.wv), None, attn.n_kv_head, None)
-
     def attend(self, x, attn, memory, mask, rope):
         """x (1, T, C) looks at keys and values (H_kv, S, D) under mask (1, T or 1, S)."""
         (keys, values), H, D = memory, attn.n_kv_head, attn.head_dim
@@ -587,7 +587,7 @@ def calibrate(folder, names, batch):
     twin, (src, tgt, _) = Watching(folder), batch
     twin.ranges = {}
     for b, row in enumerate(tgt):
-        memory, ids = {}, row[: 1 + row.nonzero()[0].max(initial=0)]
+        memory, ids = {}, row[: 1 + (row != twin.config.pad_id).nonzero()[0].max(initial=0)]
         if src is not None:
             source = src[b][src[b] != twin.config.pad_id].tolist()
             # Half of every other one: masked scores should be seen too.
@@ -768,7 +768,7 @@ def prove(model, twin):
     for short sources and ones past the trained length, for pasts of several lengths."""
     # Graphs know of no trained length, so a short one will do.
     model, twin, rng, steps = copy.copy(model), copy.copy(twin), np.random.default_rng(0), 3
-    short = {name: min(64, getattr(model.config, name)) for name in ("src_len", "tgt_len")}
+    short = dict(src_len=min(64, model.config.src_len), tgt_len=64)
     model.config, twin.config = (replace(x.config, **short) for x in (model, twin))
     cfg = model.config
     cases = [([5], [4]), ([1, 9, 4], [2, 6, 3]), ([cfg.src_len + 8], [cfg.tgt_len + 5])]

@@ -8,7 +8,8 @@ Notable about this model:
   defaults; PLAIN, from 330m up, has neither.
 - Self-attention in both stacks is rotated by RoPE. Cross-attention has no positions unless
   `cross_rope` gives it some. With `embed_skip` queries and keys of the first decoder layer see
-  embeddings, too, so that equal tokens find each other.
+  embeddings, too, so that equal tokens find each other. With `cross_next` one head reads the token
+  behind the one that it finds: what comes next in a copy, or what follows a hole.
 - Past the trained length the base of RoPE is stretched (NTK-aware) by a factor fixed once
   for a row, from the length that it has or may reach.
 - The state of generation is explicit: a `Cache`, made once for a request, filled by `decode`.
@@ -59,6 +60,7 @@ class Config:
     rope_theta: float = 10000.0
     cross_rope: bool = False  # RoPE in cross-attention, for answers that follow their source
     embed_skip: bool = False  # cross-attention of the first decoder layer sees embeddings, too
+    cross_next: bool = False  # its first head reads the token behind the one that it matches
     norm_eps: float = 1e-6
     pad_id: int = 0
     bos_id: int = 1  # what the decoder reads first; -1: nothing, the first token is never a target
@@ -204,9 +206,9 @@ class Attention(nn.Module):
 
     kernel = staticmethod(scaled_dot_product)  # lib/device.py puts a faster one here on a CPU
 
-    def __init__(self, cfg, embed_skip=False):
+    def __init__(self, cfg, embed_skip=False, shift=False):
         super().__init__()
-        self.embed_skip = embed_skip  # whether queries and keys see embeddings, too
+        self.embed_skip, self.shift = embed_skip, shift  # as Config tells
         self.n_head, self.n_kv_head, self.head_dim = cfg.n_head, cfg.n_kv_head, cfg.head_dim
         heads, kv_heads = cfg.n_head * cfg.head_dim, cfg.n_kv_head * cfg.head_dim
         self.wq = nn.Linear(cfg.n_embd, heads, bias=cfg.bias != "none")
@@ -238,7 +240,10 @@ class Attention(nn.Module):
         seen = x + more[0] if self.embed_skip else x
         k = self.k_norm(self.wk(seen).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
         v = self.wv(x).unflatten(-1, (self.n_kv_head, self.head_dim)).transpose(1, 2)
-        return (k if rope is None else rotate(k, rope)), v
+        k = k if rope is None else rotate(k, rope)
+        if self.shift:  # a query that matches a token reads the value of the next one
+            k = torch.cat((F.pad(k[:, :1], (0, 0, 1, -1)), k[:, 1:]), dim=1)
+        return k, v
 
     def attend(self, x, keys, values, mask=None, causal=False, rope=None):
         """x (B, T, C) looks at keys and values (B, H_kv, S, D) -> (B, T, C)."""
@@ -287,7 +292,7 @@ class DecoderBlock(nn.Module):
         super().__init__()
         self.attn_norm, self.attn = RMSNorm(cfg.n_embd, cfg.norm_eps), Attention(cfg)
         self.cross_norm = RMSNorm(cfg.n_embd, cfg.norm_eps) if cfg.n_enc else None
-        self.cross = Attention(cfg, first and cfg.embed_skip) if cfg.n_enc else None
+        self.cross = Attention(cfg, first and cfg.embed_skip, cfg.cross_next) if cfg.n_enc else None
         self.mlp_norm, self.mlp = RMSNorm(cfg.n_embd, cfg.norm_eps), MLP(cfg)
         self.drop = Dropout(dropout)
 
@@ -439,10 +444,9 @@ class Transformer(nn.Module):
         In span corruption, the decoder must find the sentinel that it has just read. The states of
         two stacks soon differ, even where the token is the same; embeddings do not."""
         lengths = (torch.ones_like(src) if src_mask is None else src_mask).sum(1)  # (B,)
-        stretch = stretch_of(lengths, src.size(1), self.config.src_len)
+        mask, stretch = source_mask(src_mask), stretch_of(lengths, src.size(1), self.config.src_len)
         rope = rope_tables(torch.arange(src.size(1), device=src.device)[None], self.config, stretch)
-        mask, embedded = source_mask(src_mask), self.embedded(src)
-        x = embedded
+        x = embedded = self.embedded(src)
         for block in self.enc:
             x = block(x, rope, mask)
         x = self.enc_norm(x)
@@ -534,12 +538,9 @@ class Transformer(nn.Module):
         rows, ended = list(range(len(prompts))), set()  # which prompt each row of the cache is of
         for step in range(max_new_tokens):
             token = pick(self.next_logits(states), temperature, top_k, top_p, rngs)  # (rows,)
-            new = [None] * len(prompts)
-            for row, id in zip(rows, token.tolist()):
-                if id == self.config.eos_id or row in ended:
-                    ended.add(row)
-                else:
-                    new[row] = id
+            said = dict(zip(rows, token.tolist()))
+            ended |= {row for row, id in said.items() if id == self.config.eos_id}
+            new = [None if row in ended else said[row] for row in range(len(prompts))]
             if len(ended) == len(prompts):
                 return
             yield new

@@ -200,8 +200,8 @@ def draw_race(talks, rows, done):
 def load_exported(cfg, run):
     if cfg.beams > 1 or cfg.show_attention:
         raise UserError(f"--beams and --show_attention work on run folders; {run} is an export")
-    if cfg.dtype != "auto":
-        raise UserError(f"--dtype={cfg.dtype}: an export has the precision it was written with")
+    if cfg.dtype != "auto" or cfg.device not in ("auto", "cpu", "cuda"):
+        raise UserError("--dtype, --device: an export has its own precision, and cpu or cuda")
     kind = Static if read_about(run).static else Exported
     return kind(run, cfg.threads, "cpu" if cfg.device == "auto" else cfg.device)
 

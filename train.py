@@ -243,6 +243,7 @@ def make_model(cfg, tokenizer):
         ids |= dict(vocab_size=tokenizer.vocab_size, cross_rope=cfg.cross_rope)
         # Text finds its place in the source by equal tokens; a task by position, with cross_rope.
         ids["embed_skip"] = cfg.arch == "encdec" and cfg.objective != "seq2seq"
+        ids["cross_next"] = ids["embed_skip"]
         shape = cfg.preset, cfg.arch, cfg.split, cfg.n_enc, cfg.n_dec, cfg.src_len, cfg.tgt_len
         return Transformer(make_config(*shape, **ids), **drops)
     model = Transformer.load(cfg.init_from, **drops)

@@ -103,9 +103,9 @@ def write_hf(run, folder, dtype=torch.float32):
     for i in range(cfg.n_dec if about["attention_bias"] else 0):  # Qwen3's output has one, too
         state[f"model.layers.{i}.self_attn.o_proj.bias"] = torch.zeros(cfg.n_embd)
     state = {name: tensor.to(dtype).contiguous() for name, tensor in state.items()}
+    texts = *to_foreign(tokenizer, cfg.bos_id), json.dumps(about, indent=1)
     os.makedirs(folder)
     save_file(state, os.path.join(folder, "model.safetensors"), dict(format="pt"))
-    texts = *to_foreign(tokenizer, cfg.bos_id), json.dumps(about, indent=1)
     for name, text in zip(("tokenizer.json", "tokenizer_config.json", "config.json"), texts):
         with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
             file.write(text)

@@ -98,7 +98,8 @@ class Exported:
             try:
                 session = onnxruntime.InferenceSession(path, options, [provider])
             except Exception as error:  # onnxruntime raises kinds of its own
-                raise UserError(f"{path} cannot be loaded: {str(error)[:200]}") from None
+                # Its end: the path stands in front, twice.
+                raise UserError(f"{path} cannot be loaded: {str(error)[-200:]}") from None
             self.sessions[name] = session
             self.shapes[name] = {item.name: item.shape for item in session.get_inputs()}
         logits, cache = session.get_outputs()[:2]

@@ -7,8 +7,6 @@ import json
 import os
 import sys
 
-from tqdm import tqdm
-
 SWITCH = {"true": True, "1": True, "false": False, "0": False}
 
 
@@ -123,6 +121,8 @@ def progress(rows=None, what=None, **more):
     """A tqdm bar that is redrawn at most twice a second. Where standard error is no terminal, it
     is a line every ten seconds."""
     bar, lines = dict(mininterval=0.5), dict(mininterval=10, delay=10, file=Lines())
+    from tqdm import tqdm  # an export answers without it
+
     return tqdm(rows, what, **(bar if sys.stderr.isatty() else lines), **more)
 
 

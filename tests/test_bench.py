@@ -157,13 +157,15 @@ def test_row_scores_add_up_to_the_score(task):
 
 def test_the_bootstrap_agrees_with_the_normal_case():
     """The difference has an effect of the seed and one of the row: its variance is that of seeds
-    over their number plus that of rows over theirs."""
+    over their number plus that of rows over theirs. Few seeds know their variance badly."""
     common = RNG.normal(50, 20, (1, 400, 1))  # pairing takes it away
-    shift, noise = RNG.normal(2, 1, (8, 1, 1)), RNG.normal(0, 8, (1, 400, 1))
-    lead, low, high = bench.bootstrap(common + shift + noise, np.repeat(common, 8, 0))
+    shift, noise = RNG.normal(2, 4, (40, 1, 1)), RNG.normal(0, 8, (1, 400, 1))
+    lead, low, high = bench.bootstrap(common + shift + noise, np.repeat(common, 40, 0))
     assert lead == pytest.approx(shift.mean() + noise.mean())
-    expected = math.sqrt(shift.var(ddof=1) / 8 + noise.var() / 400)
-    assert (high - low) / 2 / 1.96 == pytest.approx(expected, rel=0.06)
+    expected = 1.99 * math.sqrt(shift.var(ddof=1) / 40 + noise.var() / 400)
+    assert (high - low) / 2 == pytest.approx(expected, rel=0.06)
+    few = bench.bootstrap(common + [[[0.0]], [[1.0]]], np.repeat(common, 2, 0))
+    assert (few[2] - few[1]) / 2 == pytest.approx(12.7 * 0.5, rel=0.15)  # t of one degree
 
 
 def runs_with(scores, shuffled=1.3):
@@ -177,6 +179,7 @@ def test_a_lead_needs_readers_and_an_interval_without_zero():
     cases = (high, low, "leads"), (low, high, "trails"), (low, near, "undecided")
     for ours, theirs, verdict in cases:
         assert bench.judge(runs_with(ours), runs_with(theirs))["verdict"] == verdict
+        assert bench.judge(runs_with(ours[:1]), runs_with(theirs))["verdict"] == "undecided"
     for pair in ((runs_with(high), blind), (blind, runs_with(high))):
         assert bench.judge(*pair)["verdict"].startswith("invalid: dec, seed 0, has not learnt")
     assert bench.conclusion(["leads", "trails"]) == "undecided"

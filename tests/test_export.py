@@ -24,7 +24,7 @@ from model import Transformer
 
 SHAPE = dict(vocab_size=97, n_embd=32, n_head=4, n_kv_head=2, head_dim=16, n_hidden=48)
 CONFIGS = {
-    "small presets": dict(embed_skip=True),
+    "small presets": dict(embed_skip=True, cross_next=True),
     "Llama": dict(qk_norm=False, bias="none"),
     "the released model": dict(mlp="gelu", qk_norm=False, bias="all", tied=False),
     "cross RoPE, no groups": dict(cross_rope=True, n_kv_head=4),
@@ -384,7 +384,6 @@ def test_bad_input(monkeypatch, capsys):
         (["--precision=int4", "--static"], "fp32, int8"),
         (["--src_len=9", "--static"], "has no encoder"),
         (["--format=run", "--out=x"], "is for hf:"),
-        (["--tokenizer=x"], "is for --format=run"),
     ):
         assert message in refused("--run=run", *words)
     assert "is for hf:" in refused("--run=hf:x")

@@ -165,7 +165,7 @@ def test_ignored_targets_have_no_gradient_and_none_at_all_is_finite():
 @pytest.mark.parametrize("longest", [20, 60])  # within the trained length of 24, and past it
 @pytest.mark.parametrize("cross_rope", [False, True])
 def test_padding_changes_nothing(longest, cross_rope):
-    model = tiny("encdec", cross_rope=cross_rope, embed_skip=cross_rope)
+    model = tiny("encdec", cross_rope=cross_rope, embed_skip=cross_rope, cross_next=cross_rope)
     lengths, tgt = [7, longest, 30 if longest > 24 else 3], ids(3, 9)
     rows = [ids(1, n, seed=n) for n in lengths]
     for width in (longest, longest + 13):
@@ -183,7 +183,8 @@ def test_padding_changes_nothing(longest, cross_rope):
 @pytest.mark.parametrize("T", [14, 40])  # trained length 16: below, and with NTK
 @pytest.mark.parametrize("chunks", [[1] * 100, [5, 1, 4, 100]])
 def test_cached_equals_full_recomputation_at_every_position(arch, cross, T, chunks):
-    model, src = tiny(arch, cross_rope=cross, embed_skip=cross), ids(2, 11, seed=1)
+    ours = dict(cross_rope=cross, embed_skip=cross, cross_next=cross)
+    model, src = tiny(arch, **ours), ids(2, 11, seed=1)
     tokens = ids(2, T)
     src_mask = torch.arange(11)[None] < torch.tensor([[11], [6]])
     with torch.no_grad():

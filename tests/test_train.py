@@ -312,7 +312,8 @@ def test_starting_from_the_weights_of_a_run(run_train):
     small += ["--src_len=24", "--tgt_len=16", "--max_iters=2", "--objective=prefix"]
     assert run_train("--out=b", base=small)[0] == 0
     # What was trained once stays trained, and what text runs have stays.
-    assert vars(Transformer.load("b").config).items() >= dict(src_len=32, embed_skip=True).items()
+    kept = dict(src_len=32, embed_skip=True, cross_next=True).items()
+    assert vars(Transformer.load("b").config).items() >= kept
     for word in ("--arch=dec", "--preset=nano", "--n_enc=2", "--tokenizer=bpe"):
         status, _, err = run_train(word, "--out=c", base=small)
         assert status == 2 and "--init_from" in one_line(err)
