@@ -270,9 +270,10 @@ def main():
         text = sys.stdin.buffer.read().decode("utf-8", "replace")
     talks = [open_run(cfg, name, text) for name in (run, cfg.race) if name]
     talk, config = talks[0], talks[0].model.config
-    room = config.tgt_len if config.n_enc else config.tgt_len - len(talk.prompt)
-    least = 1 if isinstance(talk.model, Static) else 64  # a static export cannot go past its length
-    n = cfg.max_new_tokens or min(1024, max(least, room))
+    static, asked = isinstance(talk.model, Static), 0 if config.n_enc else len(talk.prompt)
+    # A static export cannot go past its slots.
+    longest = talk.model.shapes["decoder"]["mask"][-1] if static else config.tgt_len
+    n = cfg.max_new_tokens or min(1024, max(1 if static else 64, longest - asked))
     drawing = cfg.temperature, cfg.top_k, cfg.top_p, cfg.seed
     if cfg.show_attention and len(talk.prompt) > 8192:
         raise UserError(f"--show_attention: {len(talk.prompt)} tokens, at most 8192 can be drawn")
@@ -291,8 +292,7 @@ def main():
             if len(answers) == 1:
                 shown = show(text_of(talk, answers[0], done=False), shown)
     for answer in answers:
-        rule = "-" * 80 + "\n" if len(answers) > 1 else ""
-        show(f"{text_of(talk, answer)}\n{rule}", shown)
+        show(text_of(talk, answer) + "\n" + ("-" * 80 + "\n") * (len(answers) > 1), shown)
     if cfg.show_attention:
         answer = answers[0] + [talk.tokenizer.eos] * (len(answers[0]) < n)  # unless it was cut
         looked = attention_weights(talk.model, talk.prompt, answer)
