@@ -105,6 +105,7 @@ def preset(sizes, splits, train, **more):
 
 SHORT = dict(src_len=256, tgt_len=64, batch_size=16, lr=1e-2, embed_lr=4e-3, warmup_iters=50)
 SHORT |= dict(schedule="linear", max_minutes=5)
+CHAR = SHORT | dict(batch_size=4, lr=5e-3, embed_lr=2e-3, max_minutes=2)
 MEDIUM = SHORT | dict(src_len=512, tgt_len=128, batch_size=64, lr=5e-3, embed_lr=3e-3)
 MEDIUM |= dict(warmup_iters=100, max_minutes=10)
 PAPER = dict(src_len=1024, tgt_len=256, batch_size=32, lr=3e-4, embed_lr=3e-4, warmup_iters=2000)
@@ -114,7 +115,7 @@ PLAIN = dict(qk_norm=False, bias="none")  # the paper's dialect
 PRESETS = {
     # name       vocab width heads kv dim MLP layers    1/3 1/2 2/3
     "tiny": preset("768 128 2 2 64 320 3", "1+2 1+1 2+1", SHORT | dict(src_len=64, tgt_len=32)),
-    "char": preset("517 128 2 2 64 352 4", "1+3 2+2 2+1", SHORT | dict(max_minutes=2)),
+    "char": preset("517 128 2 2 64 352 4", "1+3 2+2 2+1", CHAR),
     "nano": preset("1024 192 3 3 64 448 5", "2+3 2+2 3+2", SHORT),
     "thin": preset("1024 128 2 2 64 416 9", "3+6 4+4 6+3", SHORT),  # nano's size, exact thirds
     "mini": preset("8192 256 4 4 64 544 9", "3+6 4+4 6+3", SHORT | dict(lr=8e-3, max_minutes=20)),
@@ -156,13 +157,6 @@ def count_params(config):
     """Number of parameters of Transformer(config), from the shapes alone."""
     with torch.device("meta"):
         return Transformer(config).num_params()
-
-
-def embed_std(n_embd):
-    """Standard deviation that embeddings start with. Tied, a token predicts itself at first with a
-    logit of C * std, which must stay small for a first loss near ln(V). The stacks get inputs of
-    size 1 all the same: embeddings enter them times 1 / std."""
-    return min(0.02, 4 / n_embd)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -406,7 +400,10 @@ class Transformer(nn.Module):
         # nn.Embedding's own start imports torch's compiler on the meta device, which takes seconds.
         start = torch.randn(cfg.vocab_size, cfg.n_embd)
         self.embed = nn.Embedding.from_pretrained(start, freeze=False)
-        self.register_buffer("embed_scale", torch.tensor(1 / embed_std(cfg.n_embd)))
+        # Tied, a token predicts itself at first with a logit of C times the size of embeddings. It
+        # must be small for a first loss near ln(V). Embeddings enter the stacks with size 1.
+        self.embed_std = min(0.02, 4 / cfg.n_embd)
+        self.register_buffer("embed_scale", torch.tensor(1 / self.embed_std))
         self.enc = nn.ModuleList(EncoderBlock(cfg, dropout) for _ in range(cfg.n_enc))
         self.enc_norm = RMSNorm(cfg.n_embd, cfg.norm_eps) if cfg.n_enc else None
         self.dec = nn.ModuleList(DecoderBlock(cfg, dropout, i == 0) for i in range(cfg.n_dec))
@@ -422,7 +419,7 @@ class Transformer(nn.Module):
             if p.is_meta or name.endswith(("bias", "wo.weight", "down.weight")):
                 p.zero_()
             elif name.startswith(("embed", "head")):
-                p.normal_(std=embed_std(self.config.n_embd))
+                p.normal_(std=self.embed_std)
             elif p.ndim == 2:
                 p.normal_(std=p.size(1) ** -0.5)
         for block in [*self.enc, *self.dec]:

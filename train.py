@@ -53,9 +53,7 @@ class Settings:
     init_from: str = setting("scratch", "scratch, resume (the run in --out), or a run folder")
     out: str = setting(None, "run folder [a new one in out/]")
     max_iters: int = setting(None, "optimizer steps [as fit into --max_minutes]", low=1)
-    max_minutes: float = setting(
-        None, "training time, of 41 steps at least [the preset's]", low=1e-3
-    )
+    max_minutes: float = setting(None, "training time, 41 steps or more [the preset's]", low=1e-3)
     batch_size: int = setting(None, "rows a forward pass", low=1, high=2**16)
     grad_accum: int = setting(1, "forward passes a step, on each device", low=1, high=2**16)
     optimizer: str = setting("muon", "of the matrices; adamw wants --lr=3e-3", ("muon", "adamw"))
