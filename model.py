@@ -105,7 +105,6 @@ def preset(sizes, splits, train, **more):
 
 SHORT = dict(src_len=256, tgt_len=64, batch_size=16, lr=1e-2, embed_lr=4e-3, warmup_iters=50)
 SHORT |= dict(schedule="linear", max_minutes=5)
-CHAR = SHORT | dict(batch_size=4, lr=5e-3, embed_lr=2e-3, max_minutes=2)
 MEDIUM = SHORT | dict(src_len=512, tgt_len=128, batch_size=64, lr=5e-3, embed_lr=3e-3)
 MEDIUM |= dict(warmup_iters=100, max_minutes=10)
 PAPER = dict(src_len=1024, tgt_len=256, batch_size=32, lr=3e-4, embed_lr=3e-4, warmup_iters=2000)
@@ -115,7 +114,7 @@ PLAIN = dict(qk_norm=False, bias="none")  # the paper's dialect
 PRESETS = {
     # name       vocab width heads kv dim MLP layers    1/3 1/2 2/3
     "tiny": preset("768 128 2 2 64 320 3", "1+2 1+1 2+1", SHORT | dict(src_len=64, tgt_len=32)),
-    "char": preset("517 128 2 2 64 352 4", "1+3 2+2 2+1", CHAR),
+    "char": preset("517 128 2 2 64 352 4", "1+3 2+2 2+1", SHORT | dict(max_minutes=2)),
     "nano": preset("1024 192 3 3 64 448 5", "2+3 2+2 3+2", SHORT),
     "thin": preset("1024 128 2 2 64 416 9", "3+6 4+4 6+3", SHORT),  # nano's size, exact thirds
     "mini": preset("8192 256 4 4 64 544 9", "3+6 4+4 6+3", SHORT | dict(lr=8e-3, max_minutes=20)),
