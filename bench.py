@@ -577,7 +577,7 @@ def bootstrap(ours, theirs, draws=4000, seed=0):
         means = (score_of(times @ side, n_rows).mean() for side in (ours, theirs))
         leads[draw] = np.subtract(*means)
     scores = [score_of(side.sum(1), n_rows) for side in (ours, theirs)]
-    errors = [side.var(ddof=len(side) > 1) / len(side) + 1e-12 for side in scores]
+    errors = [side.var(ddof=min(1, len(side) - 1)) / len(side) + 1e-12 for side in scores]
     parts = [error**2 / max(1, len(side) - 1) for error, side in zip(errors, scores)]
     leads += math.sqrt(sum(errors)) * rng.standard_t(sum(errors) ** 2 / sum(parts), draws)
     low, high = np.percentile(leads, (2.5, 97.5))

@@ -162,7 +162,7 @@ class Graph:
     def keys_values(self, x, attn, rope, seen=None):
         """Keys and values of x; keys of `seen`, where it is given. Axis 1 of both is the time."""
         k = self.heads(self.linear(seen or x, attn.wk), attn.k_norm, attn.n_kv_head, rope)
-        if attn.shift:  # the first head lies one place later, behind a zero
+        if attn.cross_next:  # the first head lies one place later, behind a zero
             first = np.arange(attn.n_kv_head * attn.head_dim) < attn.head_dim
             first = first.reshape(-1, 1, attn.head_dim) if isinstance(self, Plain) else first
             later = self.op("Pad", k, self.ints(0, 1, 0, 0, -1, 0))

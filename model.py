@@ -199,9 +199,9 @@ class Attention(nn.Module):
 
     kernel = staticmethod(scaled_dot_product)  # lib/device.py puts a faster one here on a CPU
 
-    def __init__(self, cfg, embed_skip=False, shift=False):
+    def __init__(self, cfg, embed_skip=False, cross_next=False):
         super().__init__()
-        self.embed_skip, self.shift = embed_skip, shift  # as Config tells
+        self.embed_skip, self.cross_next = embed_skip, cross_next  # as Config tells
         self.n_head, self.n_kv_head, self.head_dim = cfg.n_head, cfg.n_kv_head, cfg.head_dim
         heads, kv_heads = cfg.n_head * cfg.head_dim, cfg.n_kv_head * cfg.head_dim
         self.wq = nn.Linear(cfg.n_embd, heads, bias=cfg.bias != "none")
@@ -234,7 +234,7 @@ class Attention(nn.Module):
         k = self.k_norm(self.wk(seen).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
         v = self.wv(x).unflatten(-1, (self.n_kv_head, self.head_dim)).transpose(1, 2)
         k = k if rope is None else rotate(k, rope)
-        if self.shift:  # a query that matches a token reads the value of the next one
+        if self.cross_next:  # a query that matches a token reads the value of the next one
             k = torch.cat((F.pad(k[:, :1], (0, 0, 1, -1)), k[:, 1:]), dim=1)
         return k, v
 

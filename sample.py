@@ -270,7 +270,8 @@ def main():
         text = sys.stdin.buffer.read().decode("utf-8", "replace")
     talks = [open_run(cfg, name, text) for name in (run, cfg.race) if name]
     talk, config = talks[0], talks[0].model.config
-    static, asked = isinstance(talk.model, Static), 0 if config.n_enc else len(talk.prompt)
+    static = isinstance(talk.model, Static)
+    asked = 0 if config.n_enc else len(talk.prompt)
     # A static export cannot go past its slots.
     longest = talk.model.shapes["decoder"]["mask"][-1] if static else config.tgt_len
     n = cfg.max_new_tokens or min(1024, max(1 if static else 64, longest - asked))

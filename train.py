@@ -38,7 +38,7 @@ class Settings:
     split: str = setting("2/3", "the encoder's share of the layers", ("1/3", "1/2", "2/3"))
     n_enc: int = setting(None, "encoder layers, not --split", high=256)
     n_dec: int = setting(None, "decoder layers, not --split", low=1, high=256)
-    cross_rope: bool = setting(None, "RoPE in cross-attention [on for tasks; the run's]")
+    cross_rope: bool = setting(None, "RoPE in cross-attention [as --init_from, else on for tasks]")
     objective: str = setting(None, "[span; causal for dec; prefix]", tuple(OBJECTIVES))
     data: str = setting(
         "pycode", "pycode, pycode-full, a task, a path, a Hub id; see data/tasks.py"
@@ -242,8 +242,7 @@ def make_model(cfg, tokenizer):
         ids = dict(pad_id=tokenizer.pad, bos_id=tokenizer.bos, eos_id=tokenizer.eos)
         ids |= dict(vocab_size=tokenizer.vocab_size, cross_rope=cfg.cross_rope)
         # Text finds its place in the source by equal tokens; a task by position, with cross_rope.
-        ids["embed_skip"] = cfg.arch == "encdec" and cfg.objective != "seq2seq"
-        ids["cross_next"] = ids["embed_skip"]
+        ids["embed_skip"] = ids["cross_next"] = cfg.arch == "encdec" and cfg.objective != "seq2seq"
         shape = cfg.preset, cfg.arch, cfg.split, cfg.n_enc, cfg.n_dec, cfg.src_len, cfg.tgt_len
         return Transformer(make_config(*shape, **ids), **drops)
     model = Transformer.load(cfg.init_from, **drops)

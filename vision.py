@@ -85,7 +85,7 @@ class Settings:
     init_from: str = setting("scratch", "scratch, resume (the run in --out), or a run folder")
     out: str = setting(None, "run folder [a new one in out/]")
     max_iters: int = setting(None, "optimizer steps [as fit into --max_minutes]", low=1)
-    max_minutes: float = setting(None, "training time, 41 steps or more [10, or more]", low=1e-3)
+    max_minutes: float = setting(None, "of training, 41 steps or more [10; large: more]", low=1e-3)
     batch_size: int = setting(None, "rows a forward pass", low=1, high=2**16)
     grad_accum: int = setting(1, "forward passes a step, on each device", low=1, high=2**16)
     optimizer: str = setting("muon", "of the matrices; the rest has AdamW", ("muon", "adamw"))

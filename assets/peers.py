@@ -33,11 +33,8 @@ from lib.settings import UserError, given, progress, read_settings, script, sett
 from model import PRESETS, make_config
 
 # Of train.py's keys those that T5 is trained with.
-KEYS = set(
-    "data source_col target_col preset split n_enc n_dec tokenizer vocab_size src_len".split()
-)
-KEYS |= set("tgt_len max_iters batch_size lr warmup_iters schedule eval_rows seed".split())
-KEYS |= set("device dtype threads".split())
+KEYS = """data source_col target_col preset split n_enc n_dec tokenizer vocab_size src_len tgt_len
+max_iters batch_size lr warmup_iters schedule eval_rows seed device dtype threads""".split()
 
 
 class T5(PeerT5):
@@ -76,7 +73,7 @@ def train_t5(words):
         raise UserError("--max_iters is missing: how many steps")
     if cfg.objective != "seq2seq" or cfg.arch != "encdec":
         raise UserError("T5 is an encoder-decoder on a task: --data=docstring, for example")
-    if others := set(given()) - KEYS:
+    if others := set(given()) - set(KEYS):
         raise UserError(f"T5 does not take --{', --'.join(sorted(others))}")
     world = start(cfg)
     train_set, valid_set = open_data(cfg, world.say, cfg.batch_size)
@@ -84,9 +81,8 @@ def train_t5(words):
     ids = dict(pad_id=tokenizer.pad, bos_id=tokenizer.bos, eos_id=tokenizer.eos)
     ids |= dict(vocab_size=tokenizer.vocab_size, src_len=cfg.src_len, tgt_len=cfg.tgt_len)
     torch.manual_seed(cfg.seed)
-    model = T5(make_config(cfg.preset, cfg.arch, cfg.split, cfg.n_enc, cfg.n_dec, **ids)).to(
-        world.device
-    )
+    config = make_config(cfg.preset, cfg.arch, cfg.split, cfg.n_enc, cfg.n_dec, **ids)
+    model = T5(config).to(world.device)
     optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, betas=(0.9, 0.95), fused=True)
     begin = time.perf_counter()
     for step in progress(range(cfg.max_iters), "T5"):

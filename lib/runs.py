@@ -76,13 +76,13 @@ def new_run(name, cfg, world, train_set, valid_set, **more):
             raise UserError(f"--out={folder}: not empty; change or clear it, or --init_from=resume")
         os.makedirs(folder, exist_ok=True)
         world.lock = lock_folder(folder)
-        write_run(folder, dataclasses.asdict(cfg), rows_of(train_set, valid_set, world), **more)
+        write_run(folder, dataclasses.asdict(cfg), corpus_of(train_set, valid_set, world), **more)
         train_set.tokenizer.save(folder)
         write_json(os.path.join(folder, "samples.json"), valid_set.samples())
     return world.agree(folder)
 
 
-def rows_of(train_set, valid_set, world):
+def corpus_of(train_set, valid_set, world):
     """What the rows of a step follow from: the data and the number of processes."""
     return f"{train_set.hash} {valid_set.hash}" + f" {world.size}" * (world.size > 1)
 
@@ -95,7 +95,7 @@ def restore(folder, model, optimizers, train_set, valid_set, world):
 
     if world.rank == 0:
         world.lock = lock_folder(folder)
-    if read_run(folder).get("corpus") != rows_of(train_set, valid_set, world):
+    if read_run(folder).get("corpus") != corpus_of(train_set, valid_set, world):
         raise UserError(f"{folder} cannot go on: its data has changed, or the number of processes")
     path = os.path.join(folder, "train_state.pt")
     try:
