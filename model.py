@@ -630,7 +630,7 @@ def pick(logits, temperature, top_k, top_p, rngs):
     """One token a row from logits (B, V): argmax at temperature 0, else a draw from the top_k most
     likely and, of those, the fewest that hold a probability of top_p together. Row b draws with
     rngs[b]."""
-    if temperature == 0:
+    if temperature < 1e-6:  # less would overflow
         return logits.argmax(-1)
     logits = logits.float() / temperature
     if top_k:

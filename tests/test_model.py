@@ -249,7 +249,7 @@ def test_draws_follow_the_distribution_and_its_cuts():
     close(torch.bincount(draws, minlength=4) / 4000, (logits[0] / 0.7).softmax(-1), 0.03)
     for cut, wanted in (((2, 1.0), {0, 1}), ((0, 0.7), {0, 1}), ((0, 0.5), {0})):
         assert {int(pick(logits, 1.0, *cut, rng)) for _ in range(200)} == wanted
-    assert int(pick(logits, 0, 0, 1.0, rng)) == 0
+    assert int(pick(logits, 0, 0, 1.0, rng)) == int(pick(logits, 1e-42, 0, 1.0, rng)) == 0
 
 
 # --- files
