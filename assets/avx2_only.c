@@ -1,6 +1,6 @@
 /* Shows a program a CPU with AVX2 alone, at that CPU's real speed, on a newer Intel one with Linux:
 
-     gcc -O2 -shared -fPIC assets/avx2_only.c -o out/avx2_only.so
+     gcc -O2 -shared -fPIC assets/avx2_only.c -o out/avx2_only.so -ldl
      LD_PRELOAD=$PWD/out/avx2_only.so python -m pytest -q -p no:faulthandler
 
    Libraries choose their code by the CPUID instruction. Linux can make it a fault, where

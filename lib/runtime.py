@@ -280,7 +280,7 @@ class StaticRequest:
 
 def pick(logits, temperature, top_k, top_p, rngs):
     """One token a row from logits (B, V), as model.pick."""
-    if temperature < 1e-6:  # less would overflow
+    if temperature < 1e-6:
         return logits.argmax(-1)
     order = np.argsort(-logits, axis=-1, kind="stable")[:, : top_k or None]  # likeliest first
     ordered = np.take_along_axis(logits, order, -1).astype(np.float64) / temperature
