@@ -20,7 +20,8 @@ both: that is the alignment.
     loss = alpha tau^2 D(student, teacher) on y  +  (1 - alpha) cross-entropy on y*
 
 Each is a mean over the targets of the whole step. D is KL(student || teacher), reverse, or
-KL(teacher || student), forward, of distributions that the temperature tau softens.
+KL(teacher || student), forward, of distributions that the temperature tau softens. --alpha=0 is
+cross-entropy alone; with --sequences=teacher on the teacher's answers, in the place of y*.
 
 `diff train.py distill.py` shows, from `def main` on, what distillation adds. --finetune_teacher
 trains a LoRA adapter of an hf: teacher and nothing else; its folder is a teacher, too.
@@ -37,13 +38,12 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 import data.corpus
-import lib.runs
 import train
 from data.objectives import count_tokens, make_batch
 from data.sets import evenly, open_data
 from data.tokenizer import load_tokenizer
 from lib.device import catch_signals, compile_parts, in_chunks, start, to_device
-from lib.runs import Log, new_run, read_run, restore, save_best, save_checkpoint
+from lib.runs import Log, new_run, read_run, restore, save_best, save_checkpoint, write_json
 from lib.settings import UserError, given, read_json, read_settings, script, setting
 from lib.weights import weight_files
 from model import PRESETS, Transformer, read_config, shift_right
@@ -316,7 +316,7 @@ def teacher_answers(teacher, prompts, train_set, cfg, world):
     paths = {i: os.path.join(folder, f"{i:07d}.json") for i in range(0, len(prompts), 64)}
     missing = world.agree([i for i, path in paths.items() if not os.path.exists(path)])
     for i in world.progress(missing[world.rank :: world.size], "the teacher writes"):
-        lib.runs.write_json(paths[i], teacher.write(prompts[i : i + 64], cfg.tgt_len, i))
+        write_json(paths[i], teacher.write(prompts[i : i + 64], cfg.tgt_len, i))
     world.agree(None)  # all are there
     return [ids for path in paths.values() for ids in read_json(path, list)]
 
@@ -391,8 +391,7 @@ def main():
 
     # Teacher, data, model, optimizers, run folder.
     rows_a_step = cfg.batch_size * cfg.grad_accum * world.size
-    kind = ForeignTeacher if cfg.teacher.startswith("hf:") else OwnTeacher
-    teacher = kind(cfg, world)
+    teacher = (ForeignTeacher if cfg.teacher.startswith("hf:") else OwnTeacher)(cfg, world)
     folders = dict(scratch=teacher.folder, resume=cfg.out)
     cfg.tokenizer = f"{folders.get(cfg.init_from, cfg.init_from)}/"
     train_set, valid_set = open_data(cfg, world.say, rows_a_step)
@@ -407,6 +406,8 @@ def main():
     prompts, answers = teacher.prompts(pairs), pairs.targets
     if cfg.sequences == "teacher":
         answers = teacher_answers(teacher, prompts, train_set, cfg, world)
+        if cfg.alpha == 0:  # cross-entropy on what the teacher wrote (Kim and Rush, 2016)
+            pairs.targets = answers
     torch.manual_seed(cfg.seed)
     model = world.place(make_model(cfg, train_set.tokenizer))
     optimizers = make_optimizers(model, cfg, world)

@@ -4,7 +4,9 @@
 
 Its dialect: GELU, biases everywhere, heads narrower than the width, and query heads in another
 order. It was trained on SQuAD with a prompt of its own, not that of `--data=squad`: the released
-src/mu/generate_text2text.py has it, and `sample.py --prompt=...` takes it.
+src/mu/generate_text2text.py has it, and `sample.py --prompt=...` takes it. Up to block_size tokens
+a run says what the checkpoint says. Past it our RoPE is stretched by the length; theirs is not, or
+with a rope_factor f above 1 by f times what the length exceeds.
 """
 
 import os
@@ -51,7 +53,7 @@ def load_mu(path, where):
         if not os.path.isfile(path):  # a pipe would wait for its writer
             raise FileNotFoundError("missing or no plain file")
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        about = dict(n_head=6, n_kv_head=3, block_size=1024, rope_theta=10000, rope_factor=1)
+        about = dict(n_head=6, n_kv_head=3, block_size=1024, rope_theta=10000)
         about |= state.get("model_config") or {}
         tensors = {key.split("_orig_mod.")[-1]: t for key, t in state["model_state_dict"].items()}
         enc, dec = ({k.split(".")[2] for k in tensors if f"transformer.{x}." in k} for x in "eh")
@@ -59,9 +61,8 @@ def load_mu(path, where):
         head_dim = len(tensors["transformer.e.0.attn.q_linear.bias"]) // n_head
         n_hidden, length = len(tensors["transformer.e.0.mlp.fc1.bias"]), about["block_size"]
         shape = len(words), len(enc), len(dec), words.size(1), n_head, n_kv, head_dim, n_hidden
-        # A fixed factor of NTK scaling is another base.
-        theta = about["rope_theta"] * about["rope_factor"] ** (head_dim / (head_dim - 2))
-        dialect = dict(mlp="gelu", bias="all", qk_norm=False, rope_theta=float(theta))
+        theta = float(about["rope_theta"])
+        dialect = dict(mlp="gelu", bias="all", qk_norm=False, rope_theta=theta)
         config = Config(*shape, src_len=length, tgt_len=length, **dialect).check()
         if torch.equal(tensors.get("lm_head.weight", words), words):
             tensors.pop("lm_head.weight", None)  # tied, as the paper's is

@@ -15,8 +15,9 @@
 #     bash assets/paper.sh ablation TASK       ways to distil it into 2/3, on val: alpha, tau ...
 #     bash assets/paper.sh distil TASK         all kinds but the prefix LM, with the keys in DISTIL
 #
-# TASK is docstring, of all Python source on this machine, or codexglue, of the files in the folder
-# ROWS. Results go to out/paper-*.jsonl; those of results.md lie in assets/.
+# TASK is docstring, of all Python source on this machine, or codexglue or multi30k, of the files in
+# the folder ROWS: half of what they hold out is its val, the other half its test. Results go to
+# out/paper-*.jsonl; those of results.md lie in assets/.
 set -eu
 shopt -s inherit_errexit # a failure inside $(...) ends the script, too
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -82,6 +83,7 @@ rate_of() {
 declare -A pretraining_rate=([dec]=2e-2 [prefix]=2e-2 [1/3]=2e-2 [1/2]=2e-2 [2/3]=2e-2)
 declare -A docstring_rate=([dec]=5e-3 [prefix]=5e-3 [2/3]=1e-2)
 declare -A codexglue_rate=([dec]=1e-2 [prefix]=5e-3 [2/3]=2e-2)
+declare -A multi30k_rate=([dec]=1e-2 [prefix]=1e-2 [2/3]=2e-2) # Java's, without a search
 
 launch() { # a command; in the background, where all may run at once
     if [ "$jobs" = 1 ]; then
@@ -105,10 +107,16 @@ chosen() { # TASK -> --train's words for all kinds
 
 # docstring-full takes minutes to read: its rows are written once.
 data_of() { # TASK -> --data
-    if [ "$1" = codexglue ]; then
-        echo "codexglue:${ROWS:?the folder of CodeXGLUE rows}"
-        return
-    fi
+    case $1 in
+        codexglue)
+            echo "codexglue:${ROWS:?the folder of CodeXGLUE rows}"
+            return
+            ;;
+        multi30k)
+            echo "translate:${ROWS:?the folder of Multi30k}"
+            return
+            ;;
+    esac
     [ -d out/docstring-rows ] || $python - >&2 <<'END'
 import json
 import os
@@ -134,15 +142,15 @@ compare() { # TASK, more keys
 
 # Scored once, at the end.
 runs="--seeds=${SEEDS:-3} --max_iters=${STEPS:-1000}"
-lengths="--src_len=512 --tgt_len=256 --eval_interval=100000 --compile=true ${TUNE:-}"
+lengths="--src_len=512 --tgt_len=256"
 case $stage:${1:-} in
-    compare:docstring | scratch:docstring | ablation:docstring | distil:docstring | \
-    compare:codexglue | scratch:codexglue | ablation:codexglue | distil:codexglue)
-        words="$lengths $(chosen "$1")"
-        ;;
-    rates:* | pretrain:* | search:docstring | search:codexglue | teacher:docstring | \
-    teacher:codexglue) ;;
+    *:multi30k) lengths="--src_len=128 --tgt_len=128 --source_col=en --target_col=de" ;;
+    *:docstring | *:codexglue | rates:* | pretrain:*) ;;
     *) stage=help ;;
+esac
+lengths="$lengths --eval_interval=100000 --compile=true ${TUNE:-}"
+case $stage in
+    compare | scratch | ablation | distil) words="$lengths $(chosen "$1")" ;;
 esac
 case $stage in
     rates)
@@ -194,7 +202,7 @@ case $stage in
         data=$(data_of "$1")
         $python bench.py distill --data="$data" --teacher="out/teacher-$1" --preset=$preset \
             $common --archs=2/3 --seeds=1 --max_iters="${STEPS:-300}" --init_from="$pre{split}" \
-            --train="$words" --results="out/paper-$1-ablation.jsonl"
+            --train="$words" --distill="${DISTIL:-}" --results="out/paper-$1-ablation.jsonl"
         ;;
     distil)
         compare "$1" --archs="${ARCHS:-dec,1/3,1/2,2/3}" $runs \
@@ -203,7 +211,7 @@ case $stage in
             --train="$words"
         ;;
     *)
-        sed -n '2,19p' assets/paper.sh
+        sed -n '2,20p' assets/paper.sh
         exit 2
         ;;
 esac

@@ -198,12 +198,15 @@ def test_every_way_runs(words, run):
     assert all((kd == 0) == (words == "--alpha=0") for _, kd in losses)
 
 
-def test_a_student_learns_from_divergence_alone(run):
-    """No reference counts: what it knows, it has from the teacher."""
+def test_a_student_learns_from_the_teacher_alone(run, monkeypatch):
+    """No reference counts, with divergence alone or with cross-entropy on the teacher's answers."""
     words = ["--alpha=1", "--max_iters=24", "--batch_size=16", "--embed_lr=1e-2"]
     run(*words, "--out=s")
     log, evals = log_rows("s"), log_rows("s", "val_loss")
     assert log[-1]["kd"] < 0.5 * log[0]["kd"] and evals[-1]["val_loss"] < 2.5
+    monkeypatch.setattr(distill, "teacher_answers", lambda _, x, *__: [[BYTES.eos]] * len(x))
+    run(*words[1:], "--alpha=0", "--sequences=teacher", "--out=t")
+    assert log_rows("t")[-1]["loss"] < 0.1
 
 
 def test_the_teachers_answers_are_kept_in_parts(run):
