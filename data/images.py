@@ -9,7 +9,8 @@ picture, with a marker behind each row, read or not. Patches of padding are left
 other than "all" there are fewer:
 
     variance   the thumbnail, and the share `keep` of the tiles whose grey values have the largest
-               standard deviation (sections 4.2 and 5.2). The tower reads these alone
+               standard deviation. The tower reads these alone. Sections 4.2 and 5.2 choose by
+               variance, too; that whole tiles are chosen, only the released code says
     learned    the same share, chosen by a gate of the model (the sections' learned weighting)
     concat     all tiles; round(1 / keep) neighbours side by side become one token, in the thumbnail
                too (Leopard's, which section 4.2 names)
