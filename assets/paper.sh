@@ -82,8 +82,8 @@ rate_of() {
 # What the searches chose. The three encoder-decoders share the rates of 2/3.
 declare -A pretraining_rate=([dec]=2e-2 [prefix]=2e-2 [1/3]=2e-2 [1/2]=2e-2 [2/3]=2e-2)
 declare -A docstring_rate=([dec]=5e-3 [prefix]=5e-3 [2/3]=1e-2)
-declare -A codexglue_rate=([dec]=1e-2 [prefix]=5e-3 [2/3]=2e-2)
-declare -A multi30k_rate=([dec]=1e-2 [prefix]=1e-2 [2/3]=2e-2) # Java's, without a search
+declare -A codexglue_rate=([dec]=1e-2 [prefix]=2e-2 [2/3]=2e-2)
+declare -A multi30k_rate=([dec]=1e-2 [prefix]=2e-2 [2/3]=2e-2) # Java's, without a search
 
 launch() { # a command; in the background, where all may run at once
     if [ "$jobs" = 1 ]; then

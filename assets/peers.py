@@ -2,6 +2,7 @@
 
     python assets/peers.py t5 --data=codexglue --lr=3e-3 --max_iters=3800
     python assets/peers.py ctranslate2 --preset=330m                        pip install it first
+    python assets/peers.py mu                                               the authors' own model
 
 `t5` trains Hugging Face's T5 (v1.1) of our shape on our rows, steps and vocabulary, with AdamW at
 --lr, all parameters alike, and scores it as train.py scores ours: run it at several rates, the best
@@ -9,6 +10,9 @@ is its figure. It takes train.py's keys of data, sizes, steps, rate and seed.
 
 `ctranslate2` converts that T5, random weights, to int8, and times the first token and those after
 it as `python bench.py speed` does; quote ratios of one sitting.
+
+`mu` times the architecture that the authors released, random weights: in float32 without a cache,
+as their code computes, then as ours computes it.
 """
 
 import json
@@ -17,20 +21,21 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import numpy as np
 import torch
 
+import bench
 import train
 from bench import PeerT5, config_of
 from data.evaluate import task_metrics
 from data.sets import open_data
 from lib.device import start, to_device
 from lib.settings import UserError, given, progress, read_settings, script, setting
-from model import PRESETS, make_config
+from model import PRESETS, Config, make_config
 
 # Of train.py's keys those that T5 is trained with.
 KEYS = """data source_col target_col preset split n_enc n_dec tokenizer vocab_size src_len tgt_len
@@ -146,8 +151,29 @@ def time_ctranslate2(words):
     print(json.dumps(row | dict(tok_s=round((cfg.new - 1) / (whole - first), 2))))
 
 
+@dataclass
+class Mu:
+    src: int = setting(512, "tokens in", low=1)
+    new: int = setting(128, "tokens out", low=2)
+    repeats: int = setting(3, "requests behind each median", low=1)
+    device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
+    threads: int = setting(0, "CPU threads; 0 is the engine's choice", high=4096)
+    preset, seed, dtype, compile, deterministic = "330m", 0, "auto", "false", False
+
+
+def time_mu(words):
+    cfg = read_settings(Mu, __doc__, words)
+    sizes = dict(n_embd=1024, n_head=6, n_kv_head=3, head_dim=64, n_hidden=4096, vocab_size=32128)
+    dialect = dict(mlp="gelu", bias="all", qk_norm=False, src_len=1024, tgt_len=1024)
+    config = Config(n_enc=20, n_dec=10, **sizes, **dialect).check()
+    bench.config_of = lambda *_: replace(config)
+    for engine, cfg.dtype in (("nocache", "float32"), ("torch", "auto"), ("onnx-int8", "auto")):
+        [row] = bench.time_engine(cfg, "2/3", engine, [(cfg.src, cfg.new, 1)])
+        print(json.dumps(dict(peer="mu") | row))
+
+
 def main():
-    commands = dict(t5=train_t5, ctranslate2=time_ctranslate2)
+    commands = dict(t5=train_t5, ctranslate2=time_ctranslate2, mu=time_mu)
     if sys.argv[1:2] == [] or sys.argv[1] not in commands:
         print(__doc__)
         return
