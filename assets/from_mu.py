@@ -5,8 +5,8 @@
 Its dialect: GELU, biases everywhere, heads narrower than the width, and query heads in another
 order. It was trained on SQuAD with a prompt of its own, not that of `--data=squad`: the released
 src/mu/generate_text2text.py has it, and `sample.py --prompt=...` takes it. Up to block_size tokens
-a run says what the checkpoint says. Past it our RoPE is stretched by the length; theirs is not, or
-with a rope_factor f above 1 by f times what the length exceeds.
+a run says what the checkpoint says. Past it our RoPE is stretched by length / block_size. Theirs is
+stretched only where rope_factor is above 1, by 1 + rope_factor * (length / block_size - 1).
 """
 
 import os
@@ -61,8 +61,8 @@ def load_mu(path, where):
         head_dim = len(tensors["transformer.e.0.attn.q_linear.bias"]) // n_head
         n_hidden, length = len(tensors["transformer.e.0.mlp.fc1.bias"]), about["block_size"]
         shape = len(words), len(enc), len(dec), words.size(1), n_head, n_kv, head_dim, n_hidden
-        theta = float(about["rope_theta"])
-        dialect = dict(mlp="gelu", bias="all", qk_norm=False, rope_theta=theta)
+        dialect = dict(mlp="gelu", bias="all", qk_norm=False)
+        dialect |= dict(rope_theta=float(about["rope_theta"]))
         config = Config(*shape, src_len=length, tgt_len=length, **dialect).check()
         if torch.equal(tensors.get("lm_head.weight", words), words):
             tensors.pop("lm_head.weight", None)  # tied, as the paper's is

@@ -166,6 +166,7 @@ def time_mu(words):
     sizes = dict(n_embd=1024, n_head=6, n_kv_head=3, head_dim=64, n_hidden=4096, vocab_size=32128)
     dialect = dict(mlp="gelu", bias="all", qk_norm=False, src_len=1024, tgt_len=1024)
     config = Config(n_enc=20, n_dec=10, **sizes, **dialect).check()
+    # It is no preset. An engine changes its Config, so each has a copy.
     bench.config_of = lambda *_: replace(config)
     for engine, cfg.dtype in (("nocache", "float32"), ("torch", "auto"), ("onnx-int8", "auto")):
         [row] = bench.time_engine(cfg, "2/3", engine, [(cfg.src, cfg.new, 1)])
